@@ -1,0 +1,38 @@
+PYTHON ?= python3.11
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# One arithmetic thread per process: workers set their own, and results are reproducible bit for bit.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: install dev quickstart check format test clean
+
+install: .venv/.installed
+dev: .venv/.dev
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) install --quiet --upgrade 'pip>=25.1'
+	$(PIP) install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/.dev: .venv/.installed
+	$(PIP) install --quiet --constraint constraints.txt --group dev
+	touch $@
+
+quickstart: .venv/.installed
+	$(BIN)/craftor quickstart
+
+check: .venv/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: .venv/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: .venv/.dev
+	$(BIN)/pytest
+
+clean:
+	rm -rf .venv runs dist

@@ -1,0 +1,5 @@
+"""`python -m craftor`."""
+
+from craftor.cli import main
+
+main()

@@ -1,0 +1,107 @@
+"""Checkpoints: Hugging Face layout plus `trainer/`, safetensors only, complete or not there at all.
+
+`checkpoints/step-000050/` holds the trained module's folder (`text_encoder/` or `unet/`), `trainer/optimizer.safetensors`,
+`trainer/state.json` and `manifest.json` with the sha256 of every other file. It is written under a temporary name and
+renamed, so a half-written checkpoint never has the name of a whole one.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+MANIFEST = "manifest.json"
+
+
+def save(
+    run_dir: Path,
+    step: int,
+    *,
+    save_module: Callable[[Path], None],
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: dict[str, Tensor] | None,
+    state: dict,
+) -> Path:
+    """Write the checkpoint after `step` optimiser steps; `average` is the moving average of the weights, if kept."""
+    final = run_dir / "checkpoints" / f"step-{step:06d}"
+    temporary = final.with_name(f".writing-{final.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / "trainer").mkdir(parents=True)
+    save_module(temporary)
+    save_file(_optimizer_tensors(module, optimizer), temporary / "trainer" / "optimizer.safetensors")
+    save_file({k: v.contiguous() for k, v in module.state_dict().items()}, temporary / "trainer" / "module.safetensors")
+    if average is not None:
+        save_file(average, temporary / "trainer" / "average.safetensors")
+    (temporary / "trainer" / "state.json").write_text(json.dumps({**state, "step": step}, indent=2))
+    (temporary / MANIFEST).write_text(json.dumps(digests(temporary), indent=2))
+    _sync(temporary)
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    _sync(final.parent)
+    return final
+
+
+def restore(
+    folder: Path, *, module: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor] | None
+) -> int:
+    """Load weights, optimiser state and average in place; returns the number of steps done."""
+    verify(folder)
+    module.load_state_dict(load_file(folder / "trainer" / "module.safetensors"))
+    tensors = load_file(folder / "trainer" / "optimizer.safetensors")
+    for name, parameter in module.named_parameters():
+        prefix = f"{name}::"
+        found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        if found:
+            optimizer.state[parameter] = found
+    if average is not None:
+        for key, value in load_file(folder / "trainer" / "average.safetensors").items():
+            average[key].copy_(value)
+    return json.loads((folder / "trainer" / "state.json").read_text())["step"]
+
+
+def latest(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None."""
+    complete = sorted(path for path in (run_dir / "checkpoints").glob("step-*") if (path / MANIFEST).exists())
+    return complete[-1] if complete else None
+
+
+def verify(folder: Path) -> None:
+    """Raises ValueError naming the file whose sha256 is not that of the manifest."""
+    expected = json.loads((folder / MANIFEST).read_text())
+    for name, digest in expected.items():
+        if not (folder / name).is_file() or _sha256(folder / name) != digest:
+            raise ValueError(f"{folder / name}: missing or changed since the checkpoint was written")
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file under a folder but the manifest itself."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return {str(path.relative_to(folder)): _sha256(path) for path in files}
+
+
+def _optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name}::{key}": value.detach().contiguous()
+        for name, parameter in module.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    """Push a folder's files and names to the disk, so that a rename never outruns the data."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)

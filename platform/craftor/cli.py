@@ -1,0 +1,119 @@
+"""`craftor`: parse and validate first, import what is heavy afterwards."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from craftor import __version__
+from craftor.recipe import RecipeError, load, parse_override
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Make text-to-image diffusion models better by reward.")
+console = Console(stderr=True)
+
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override a recipe key: --set optimizer.lr=1e-4")]
+Out = Annotated[Path | None, typer.Option("--out", help="Run folder; by default runs/<recipe name>")]
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def quickstart(out: Out = None, overrides: Set = None) -> None:
+    """Train, register, evaluate and report on the embedded micro model: the whole idea in minutes."""
+    from craftor.console import table
+    from craftor.quickstart import quickstart as run
+
+    folder = out or Path("runs/quickstart")
+    report = run(folder, _overrides(overrides))
+    Console().print(table(report["metrics"]))
+    for name in ("report.html", "report.png", "report.json", "bundle"):
+        print(folder / name)
+    if registered := report["registered"]:
+        print(f"registered in MLflow: models:/{registered['name']}/{registered['version']}")
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path | None, typer.Argument(help="A TOML recipe.")] = None,
+    resume: Annotated[Path | None, typer.Option("--resume", help="Go on with the run in this folder.")] = None,
+    out: Out = None,
+    overrides: Set = None,
+) -> None:
+    """Run a recipe, or go on with an interrupted run."""
+    if (recipe is None) == (resume is None):
+        raise RecipeError("give either a recipe or --resume RUN")
+    if resume is not None:
+        if overrides or out:
+            raise RecipeError("--resume goes on with the run's own recipe and folder; --set and --out do not apply")
+        from craftor.job import resume as go_on
+
+        trained = go_on(resume)
+    else:
+        assert recipe is not None
+        checked = load(recipe, _overrides(overrides))
+        from craftor.job import train as start
+
+        trained = start(checked, recipe, out or Path("runs") / checked.name)
+    print(trained.checkpoint)
+    if trained.registered:
+        print(f"registered in MLflow: models:/{trained.registered['name']}/{trained.registered['version']}")
+
+
+@app.command()
+def evaluate(
+    runs: Annotated[list[Path], typer.Argument(help="One run folder, or several whose encoders are mixed.")],
+    out: Annotated[Path | None, typer.Option("--out", help="By default RUN/evaluation.")] = None,
+    workers: Annotated[int, typer.Option(help="Evaluation actors.")] = 2,
+) -> None:
+    """Score base and tuned on held-out prompts with the same noise: paired differences and intervals."""
+    from craftor.console import table
+    from craftor.quickstart import evaluate_runs
+
+    folder = out or runs[0] / "evaluation"
+    summary = evaluate_runs(runs, folder, workers)
+    Console().print(table(summary["metrics"]))
+    print(folder / "summary.json")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run folder with a report.json.")]) -> None:
+    """Draw report.html and report.png again from a run's report.json."""
+    from craftor.report import write_report
+
+    for path in write_report(run):
+        print(path)
+
+
+@app.command()
+def sync(run: Annotated[Path, typer.Argument(help="A run folder whose MLflow server was away.")]) -> None:
+    """Send metrics to MLflow that an outage held back, and register the encoder if that is still due."""
+    from craftor.job import sync as send
+
+    print(send(run).registered)
+
+
+def _overrides(texts: list[str] | None) -> dict[str, Any]:
+    return dict(parse_override(text) for text in texts or [])
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line on stderr and exit code 2, never a traceback."""
+    try:
+        app(standalone_mode=True)
+    except RecipeError as error:
+        _fail(error)
+    except (ValueError, RuntimeError) as error:
+        if type(error).__module__.startswith("craftor"):
+            _fail(error)
+        raise
+
+
+def _fail(error: Exception) -> None:
+    console.print(f"[bold red]error:[/] {error}", highlight=False, markup=True, soft_wrap=True)
+    raise SystemExit(2)

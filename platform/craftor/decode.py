@@ -1,0 +1,16 @@
+"""Latents -> images in [0, 1]."""
+
+from diffusers import AutoencoderKL, AutoencoderTiny
+from jaxtyping import Float
+from torch import Tensor
+
+
+def decode(vae: AutoencoderKL | AutoencoderTiny, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
+    """Decode and clamp to [0, 1]; the gradient passes the clamp unchanged, so saturated pixels can recover."""
+    images = vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5
+    return images + (images.clamp(0, 1) - images).detach()
+
+
+def saturated(images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, " b"]:
+    """Share of colour values at 0 or 1, per image."""
+    return ((images <= 0) | (images >= 1)).float().mean(dim=(1, 2, 3))

@@ -1,0 +1,230 @@
+"""The training loop on Ray Train: task-blind, exact under restarts, the same for any number of workers.
+
+The only file that imports `ray.train`. Each worker computes its slice of every global batch; DistributedDataParallel
+averages the gradient; worker 0 writes metrics (one JSON line a step) and checkpoints into the run's folder.
+"""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer, prepare_model
+from torch import Tensor, nn
+
+from craftor import checkpoint, stream
+from craftor.recipe import Optimizer, Recipe
+from craftor.tasks import Task, build
+
+METRICS, FAILURE = "metrics.jsonl", "failure.json"
+
+
+class TrainingStopped(RuntimeError):
+    """A sample whose loss or reward is not finite; the message says which, the last checkpoint stands."""
+
+
+def fit(recipe: Recipe, run_dir: Path, rows: Path, num_rows: int) -> Path:
+    """Train until `run.num_steps`, from the run's last checkpoint if it has one; returns the final checkpoint.
+
+    Raises TrainingStopped when a sample's loss is not finite.
+    """
+    (run_dir / FAILURE).unlink(missing_ok=True)
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    TorchTrainer(
+        train_worker,
+        train_loop_config={
+            "recipe": recipe.model_dump(by_alias=True),
+            "run_dir": str(run_dir.resolve()),
+            "num_rows": num_rows,
+        },
+        scaling_config=ScalingConfig(num_workers=recipe.workers.num),
+        datasets={"rows": stream.read(rows)},
+        # Every worker sees the whole ordered stream and takes its slots: see `stream`.
+        dataset_config=DataConfig(datasets_to_split=[], execution_options=context.execution_options),
+        run_config=RunConfig(
+            name="ray", storage_path=str((run_dir / "ray").resolve()), failure_config=FailureConfig(max_failures=3)
+        ),
+    ).fit()
+    if (run_dir / FAILURE).exists():
+        raise TrainingStopped(json.loads((run_dir / FAILURE).read_text())["message"])
+    final = checkpoint.latest(run_dir)
+    assert final is not None, "training ended without a checkpoint"
+    return final
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """One Ray Train worker: restore, then step to the end."""
+    recipe = Recipe.model_validate(config["recipe"])
+    run_dir, settings = Path(config["run_dir"]), recipe.optimizer
+    torch.set_num_threads(recipe.workers.threads)
+    torch.manual_seed(recipe.seed)
+    torch.use_deterministic_algorithms(True)
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+
+    task = build(recipe)
+    task.assert_frozen()
+    module = prepare_model(task.module)
+    parameters = [p for p in task.module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
+    )
+    original = {name: p.detach().clone() for name, p in task.module.named_parameters()}
+    average = {name: p.clone() for name, p in original.items()} if settings.ema_decay else None
+    step = 0
+    if (last := checkpoint.latest(run_dir)) is not None:
+        step = checkpoint.restore(last, module=task.module, optimizer=optimizer, average=average)
+    log = MetricsLog(run_dir / METRICS, step) if rank == 0 else None
+    shares = stream.batches(
+        ray.train.get_dataset_shard("rows"),
+        num_rows=config["num_rows"],
+        batch_size=recipe.run.batch_size,
+        rank=rank,
+        world_size=world_size,
+        start_step=step,
+    )
+    started = time.perf_counter()
+    while step < recipe.run.num_steps:
+        rows = next(shares)
+        optimizer.zero_grad()
+        metrics = gather(task.step(module, rows), world_size)
+        if not all(values.isfinite().all() for values in metrics.values()):
+            report_failure(run_dir, rows, recipe, metrics, rank)
+            return
+        norm = nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * lr_factor(settings, step, recipe.run.num_steps)
+        optimizer.step()
+        update_average(average, task.module, settings.ema_decay, step)
+        step += 1
+        if step == 1:
+            task.assert_frozen()
+        if log is not None:
+            now = time.perf_counter()
+            log.write(
+                step,
+                **{name: values.mean().item() for name, values in metrics.items()},
+                grad_norm=norm.item(),
+                lr=optimizer.param_groups[0]["lr"],
+                drift=drift(task.module, original),
+                images_per_second=recipe.run.batch_size / (now - started),
+            )
+            started = now
+            if step % recipe.run.checkpoint_every == 0 or step == recipe.run.num_steps:
+                save(recipe, run_dir, step, task, optimizer, average)
+
+
+def save(
+    recipe: Recipe,
+    run_dir: Path,
+    step: int,
+    task: Task,
+    optimizer: torch.optim.Optimizer,
+    average: dict[str, Tensor] | None,
+) -> None:
+    """Write a checkpoint whose pipeline folder holds the averaged weights where an average is kept."""
+
+    def save_module(folder: Path) -> None:
+        current = {name: p.detach().clone() for name, p in task.module.named_parameters()}
+        task.module.load_state_dict(average or current, strict=False)
+        task.module.save_pretrained(folder / task.save_as, safe_serialization=True)
+        task.module.load_state_dict(current, strict=False)
+
+    checkpoint.save(
+        run_dir,
+        step,
+        save_module=save_module,
+        module=task.module,
+        optimizer=optimizer,
+        average=average,
+        state={"recipe": recipe.model_dump(by_alias=True), "next_position": step * recipe.run.batch_size},
+    )
+
+
+def gather(metrics: dict[str, Tensor], world_size: int) -> dict[str, Tensor]:
+    """Per-sample metrics of the whole global batch, in the order of its slots, on every worker."""
+    if world_size == 1:
+        return metrics
+    stacked = torch.stack(list(metrics.values()))
+    parts = [torch.empty_like(stacked) for _ in range(world_size)]
+    torch.distributed.all_gather(parts, stacked)
+    return dict(zip(metrics, torch.cat(parts, dim=1), strict=True))
+
+
+def lr_factor(settings: Optimizer, step: int, num_steps: int) -> float:
+    """Linear warm-up, constant, then a cosine to zero over what follows `cosine_from`."""
+    warmup = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
+    done = step / num_steps
+    if done <= settings.cosine_from:
+        return warmup
+    falling = (done - settings.cosine_from) / (1 - settings.cosine_from)
+    return warmup * 0.5 * (1 + math.cos(math.pi * falling))
+
+
+@torch.no_grad()
+def update_average(average: dict[str, Tensor] | None, module: nn.Module, decay: float | None, step: int) -> None:
+    """Exponential moving average whose decay grows from 0 to `decay`, so that the start is forgotten."""
+    if average is None or decay is None:
+        return
+    weight = 1 - min(decay, (1 + step) / (10 + step))
+    for name, parameter in module.named_parameters():
+        average[name].lerp_(parameter, weight)
+
+
+@torch.no_grad()
+def drift(module: nn.Module, original: dict[str, Tensor]) -> float:
+    """Relative distance of the weights from where they started."""
+    moved = sum((p - original[name]).square().sum() for name, p in module.named_parameters())
+    size = sum(value.square().sum() for value in original.values())
+    return (moved / size).sqrt().item()
+
+
+def report_failure(run_dir: Path, rows: stream.Rows, recipe: Recipe, metrics: dict[str, Tensor], rank: int) -> None:
+    """The worker that owns the first bad sample writes what is needed to make it again; all workers return."""
+    share = len(rows.position)
+    for name, values in metrics.items():
+        bad = (~values.isfinite()).nonzero().flatten()
+        if (name != "loss" or len(metrics) == 1) and len(bad) and bad[0] // share == rank:
+            row = int(bad[0]) % share
+            prompt = str(rows.columns["prompt"][row]) if "prompt" in rows.columns else "(no prompt)"
+            message = (
+                f"{name} is {values[bad[0]].item()} for sample {rows.position[row]} (seed {recipe.seed}), "
+                f"prompt {prompt!r}; the last checkpoint stands"
+            )
+            write_json(run_dir / FAILURE, {"message": message, "prompt": prompt, "sample": rows.position[row]})
+            return
+
+
+def write_json(path: Path, data: dict) -> None:
+    """Write and rename, so that a reader never sees half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(data, indent=2))
+    temporary.rename(path)
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one line an optimiser step; lines past the step a run resumes from are cut off."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step] if path.exists() else []
+        path.write_text("".join(f"{line}\n" for line in kept))
+        self._file = path.open("a", buffering=1)
+
+    def write(self, step: int, **metrics: float) -> None:
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+
+def _step_of(line: str) -> float:
+    """A torn last line, as a kill leaves it, counts as past every step."""
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return math.inf

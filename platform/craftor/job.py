@@ -1,0 +1,141 @@
+"""One training run from recipe to registry: check, prepare, track, train, register. Everything it needs lies in its folder.
+
+`RUN/` holds `recipe.toml` (resolved), `run.json` (MLflow ids, digest, times), `rows/`, `metrics.jsonl`, `checkpoints/`,
+`bundle/` and, after evaluation, `evaluation/` and `report.*`.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tomli_w
+
+from craftor import preflight, prompts, registry, tracking
+from craftor.cluster import ray_session
+from craftor.console import follow
+from craftor.diffuser import load as load_diffuser
+from craftor.fit import METRICS, TrainingStopped, fit, write_json
+from craftor.locate import absolute
+from craftor.prompts import Prepared
+from craftor.recipe import Recipe, RecipeError, RewardTuning
+from craftor.recipe import load as load_recipe
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a finished run leaves."""
+
+    run_dir: Path
+    checkpoint: Path
+    registered: dict[str, str] | None
+    train_seconds: float
+
+
+def train(recipe: Recipe, source: Path, run_dir: Path) -> Trained:
+    """Start a new run in an empty or missing folder. `source` is the recipe file, for error messages."""
+    preflight.check(recipe, source)
+    if run_dir.exists() and any(run_dir.iterdir()):
+        raise RecipeError(
+            f"{source}: the output folder {run_dir} holds another run; choose a new one with --out, or go on with "
+            f"that run by: craftor train --resume {run_dir}"
+        )
+    connected = tracking.client(run_dir.parent)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    recipe = absolute(recipe)
+    (run_dir / "recipe.toml").write_text(tomli_w.dumps(recipe.model_dump(by_alias=True, exclude_none=True, mode="json")))
+    with ray_session(recipe.workers.num):
+        prepared = _prepare(recipe, run_dir)
+        tracker = tracking.Tracker.start(connected, recipe, prepared)
+        write_json(run_dir / "run.json", {"mlflow_run_id": tracker.run_id, "digest": prepared.digest, "seconds": 0.0})
+        return _train(recipe, run_dir, prepared, tracker)
+
+
+def resume(run_dir: Path) -> Trained:
+    """Go on with a run from its last complete checkpoint, however it ended."""
+    if not (run_dir / "recipe.toml").is_file():
+        raise RecipeError(f"{run_dir}: no run to resume there (no recipe.toml)")
+    recipe = load_recipe(run_dir / "recipe.toml")
+    preflight.check(recipe, run_dir / "recipe.toml")
+    connected = tracking.client(run_dir.parent)
+    with ray_session(recipe.workers.num):
+        if (run_dir / "run.json").is_file():
+            state = json.loads((run_dir / "run.json").read_text())
+            prepared = _prepared_earlier(recipe, run_dir, state["digest"])
+            tracker = tracking.Tracker(connected, state["mlflow_run_id"])
+        else:  # killed before training began
+            prepared = _prepare(recipe, run_dir)
+            tracker = tracking.Tracker.start(connected, recipe, prepared)
+            write_json(run_dir / "run.json", {"mlflow_run_id": tracker.run_id, "digest": prepared.digest, "seconds": 0.0})
+        return _train(recipe, run_dir, prepared, tracker)
+
+
+def _train(recipe: Recipe, run_dir: Path, prepared: Prepared, tracker: tracking.Tracker) -> Trained:
+    started = time.monotonic()
+    try:
+        with follow(run_dir / METRICS, recipe.run.num_steps, on_line=tracker.log):
+            final = fit(recipe, run_dir, prepared.folder, prepared.num_rows)
+    except TrainingStopped:
+        tracker.flush()
+        tracker.finish(failed=True)
+        raise
+    state = json.loads((run_dir / "run.json").read_text())
+    state["seconds"] += time.monotonic() - started
+    write_json(run_dir / "run.json", state)
+    if not tracker.flush():
+        print(
+            f"MLflow went away during the run ({tracker.outage}); nothing is lost: the metrics are in "
+            f"{run_dir / METRICS}. When it is back: craftor sync {run_dir}"
+        )
+        return Trained(run_dir, final, None, state["seconds"])
+    registered = _register(recipe, run_dir, final, tracker) if recipe.register_as else None
+    write_json(run_dir / "run.json", {**state, "registered": registered})
+    tracker.finish()
+    return Trained(run_dir, final, registered, state["seconds"])
+
+
+def sync(run_dir: Path) -> Trained:
+    """Send what MLflow missed during an outage, and register the encoder if that is still due."""
+    recipe = load_recipe(run_dir / "recipe.toml")
+    state = json.loads((run_dir / "run.json").read_text())
+    connected = tracking.client(run_dir.parent)
+    tracking.sync(connected, state["mlflow_run_id"], run_dir / METRICS)
+    from craftor import checkpoint
+
+    final, registered = checkpoint.latest(run_dir), state.get("registered")
+    if final is None:
+        raise RecipeError(f"{run_dir}: no complete checkpoint in it")
+    if recipe.register_as and registered is None:
+        tracker = tracking.Tracker(connected, state["mlflow_run_id"])
+        registered = _register(recipe, run_dir, final, tracker)
+        write_json(run_dir / "run.json", {**state, "registered": registered})
+        tracker.finish()
+    return Trained(run_dir, final, registered, state["seconds"])
+
+
+def _register(recipe: Recipe, run_dir: Path, final: Path, tracker: tracking.Tracker) -> dict[str, str]:
+    bundle = registry.write_bundle(recipe, load_diffuser(recipe.model.path), final, run_dir / "bundle")
+    return registry.register(tracker.client, tracker, recipe, bundle, recipe.run.num_steps)
+
+
+def _prepare(recipe: Recipe, run_dir: Path) -> Prepared:
+    """Prompts are read into the run's folder; image-caption pairs are prepared Parquet already."""
+    if not isinstance(recipe.task, RewardTuning):
+        return prompts.describe(Path(recipe.data.path))
+    from transformers import CLIPTokenizer
+
+    from craftor.locate import locate
+
+    tokenizer = CLIPTokenizer.from_pretrained(f"{locate(recipe.model.path)}/tokenizer")
+    return prompts.prepare(recipe.data, tokenizer, run_dir / "rows")
+
+
+def _prepared_earlier(recipe: Recipe, run_dir: Path, digest: str) -> Prepared:
+    folder = run_dir / "rows" if isinstance(recipe.task, RewardTuning) else Path(recipe.data.path)
+    prepared = prompts.describe(folder)
+    if prepared.digest != digest:
+        raise RecipeError(
+            f"{folder}: its prompts have sha256 {prepared.digest[:16]}, but the run began with {digest[:16]}; "
+            "put the original rows back, or start a new run"
+        )
+    return prepared

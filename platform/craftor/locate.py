@@ -1,0 +1,48 @@
+"""Where things are: `micro:NAME` is shipped with `craftor_micro`, local paths become absolute, the rest is a hub id or URL."""
+
+from importlib.resources import files
+from pathlib import Path
+
+from craftor.recipe import Recipe, RewardTuning
+
+SCHEME = "micro:"
+
+
+def locate(path: str) -> str:
+    """Resolve `micro:` paths. Raises ValueError that lists what is shipped when the name is not."""
+    if not path.startswith(SCHEME):
+        return path
+    package = Path(str(files("craftor_micro")))
+    shipped = {p.name: p for folder in ("weights", "prompts") for p in sorted((package / folder).glob("[a-z]*"))}
+    name = path.removeprefix(SCHEME)
+    if name not in shipped:
+        raise ValueError(f"{path}: not shipped with craftor_micro; available: {', '.join(SCHEME + n for n in shipped)}")
+    return str(shipped[name])
+
+
+def shipped_recipe(name: str) -> Path:
+    """A recipe that comes with craftor: inside the installed package, or in `recipes/` of a checkout."""
+    package = Path(str(files("craftor")))
+    return next(p for p in (package / "recipes" / name, package.parents[1] / "recipes" / name) if p.is_file())
+
+
+def absolute(recipe: Recipe) -> Recipe:
+    """The same recipe with local paths made absolute: Ray workers have another working directory."""
+
+    def fix(path: str) -> str:
+        return str(Path(path).resolve()) if Path(path).exists() else path
+
+    task, evaluation = recipe.task, recipe.evaluation
+    if isinstance(task, RewardTuning):
+        rewards = {name: r.model_copy(update={"weights": fix(r.weights)}) for name, r in task.rewards.items()}
+        task = task.model_copy(update={"rewards": rewards})
+    if evaluation is not None:
+        evaluation = evaluation.model_copy(update={"prompts": fix(evaluation.prompts)})
+    return recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"path": fix(recipe.model.path)}),
+            "data": recipe.data.model_copy(update={"path": fix(recipe.data.path)}),
+            "task": task,
+            "evaluation": evaluation,
+        }
+    )

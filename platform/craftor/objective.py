@@ -1,0 +1,16 @@
+"""Scores -> loss: the only place where a sign is flipped."""
+
+from collections.abc import Mapping
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+def total(scores: Mapping[str, Float[Tensor, " b"]], weights: Mapping[str, float]) -> Float[Tensor, " b"]:
+    """Weighted sum of the trained rewards, per sample (TextCraftor, equation 7, with higher better)."""
+    return sum((weights[name] * scores[name] for name in weights), start=0 * next(iter(scores.values())))
+
+
+def loss(score: Float[Tensor, " b"], weight: float) -> Float[Tensor, ""]:
+    """One reward's share of the batch loss, `-weight * mean(score)`."""
+    return -weight * score.mean()

@@ -1,0 +1,110 @@
+"""Checks that need neither model nor cluster: run before anything is loaded or started."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import fsspec
+import pyarrow.parquet
+
+from craftor.locate import locate
+from craftor.recipe import Data, Evaluation, Recipe, RecipeError, RewardTuning
+
+_PROBE_BYTES = 1 << 20
+_REWARD_KINDS = ("aesthetic", "clip_score", "pick_score")
+FORMATS = (".parquet", ".csv", ".tsv", ".jsonl", ".txt")
+
+
+def check(recipe: Recipe, source: Path) -> None:
+    """Raise `RecipeError` naming the recipe file and the key whose value cannot work."""
+    with _naming(source):
+        check_model(recipe.model.path)
+        if isinstance(recipe.task, RewardTuning):
+            for name, reward in recipe.task.rewards.items():
+                check_reward(f"task.rewards.{name}", reward.kind, reward.weights)
+            check_prompts("data", recipe.data)
+        elif not list(Path(locate(recipe.data.path)).glob("*.parquet")):
+            raise ValueError(f"data.path = {recipe.data.path!r}: no folder with Parquet files of image-caption pairs")
+        if recipe.evaluation is not None:
+            check_held_out(recipe.evaluation)
+
+
+def check_model(path: str) -> None:
+    """A local folder must be a pipeline; anything that looks like a path must exist; the rest is a hub id."""
+    folder = Path(locate(path))
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise ValueError(f"model.path = {path!r}: a folder but not a pipeline (no model_index.json in it)")
+    if folder.is_dir():
+        return
+    if path.startswith((".", "/", "~")) or path.count("/") != 1 or path.startswith("runs/"):
+        raise ValueError(f"model.path = {path!r}: no such folder; allowed: a pipeline folder, micro:NAME, or a hub id")
+
+
+def check_reward(key: str, kind: str, weights: str) -> None:
+    if kind not in _REWARD_KINDS:
+        raise ValueError(f"{key}.kind: unknown reward {kind!r}; available: {', '.join(_REWARD_KINDS)}")
+    if weights.startswith("micro:"):
+        locate(weights)
+
+
+def check_prompts(key: str, data: Data) -> None:
+    """The file exists, has the column, is UTF-8 and has at least one prompt in its first mebibyte."""
+    source = locate(data.path)
+    suffix = Path(source.split("?")[0]).suffix.lower()
+    if suffix not in FORMATS:
+        raise ValueError(f"{key}.path = {data.path!r}: unknown format; allowed: {', '.join(FORMATS)}")
+    try:
+        with fsspec.open(source, "rb") as file:
+            if suffix == ".parquet":
+                columns, empty = pyarrow.parquet.read_schema(file).names, False
+            else:
+                columns, empty = _probe(f"{key}.path = {data.path!r}", suffix, file.read(_PROBE_BYTES))
+    except FileNotFoundError:
+        raise ValueError(f"{key}.path = {data.path!r}: no such file") from None
+    if empty:
+        raise ValueError(f"{key}.path = {data.path!r}: holds no prompt")
+    if suffix != ".txt" and data.column not in columns:
+        raise ValueError(f"{key}.column = {data.column!r}: not in {data.path}; columns there: {', '.join(columns)}")
+
+
+def check_held_out(evaluation: Evaluation) -> None:
+    check_prompts("evaluation", Data(path=evaluation.prompts))
+
+
+def _probe(where: str, suffix: str, head: bytes) -> tuple[list[str], bool]:
+    """Column names, and whether no row follows them."""
+    try:
+        text = head.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if error.start < len(head) - 4 or len(head) < _PROBE_BYTES:
+            raise ValueError(
+                f"{where}: not UTF-8 at byte {error.start} (0x{head[error.start]:02x}); convert it, for example with iconv"
+            ) from None
+        text = head[: error.start].decode("utf-8")
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        return [], True
+    if suffix == ".txt":
+        return ["prompt"], False
+    if suffix == ".jsonl":
+        try:
+            return list(json.loads(lines[0])), False
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: line 1 is not JSON: {error}") from None
+    header = next(csv.reader(io.StringIO(text), delimiter="\t" if suffix == ".tsv" else ","))
+    return header, len(lines) == 1
+
+
+class _naming:
+    """Turn a ValueError about a value into a RecipeError that also names the recipe file."""
+
+    def __init__(self, source: Path) -> None:
+        self.source = source
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, ValueError) and not isinstance(error, RecipeError):
+            raise RecipeError(f"{self.source}: {error}") from None

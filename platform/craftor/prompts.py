@@ -1,0 +1,117 @@
+"""Prompt files -> numbered, tokenised rows in Parquet: read, filter, deduplicate, number, tokenise, all streamed.
+
+The rows are written once into the run's folder, so a resumed run sees the same samples even if the source changed.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import fsspec
+import numpy as np
+import pyarrow.csv
+import pyarrow.parquet
+import ray.data
+from transformers import CLIPTokenizer
+
+from craftor.locate import locate
+from craftor.recipe import Data
+
+FORMATS: dict[str, Callable[..., ray.data.Dataset]] = {
+    ".parquet": ray.data.read_parquet,
+    ".csv": ray.data.read_csv,
+    ".tsv": lambda path, **kw: ray.data.read_csv(path, parse_options=pyarrow.csv.ParseOptions(delimiter="\t"), **kw),
+    ".jsonl": ray.data.read_json,
+    ".txt": lambda path, **kw: ray.data.read_text(path, **kw).rename_columns({"text": "prompt"}),
+}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows ready for training, and what identifies them."""
+
+    folder: Path
+    num_rows: int
+    digest: str
+    """sha256 over the prompts in order."""
+
+
+def prepare(data: Data, tokenizer: CLIPTokenizer, out: Path) -> Prepared:
+    """Write `index, prompt, input_ids` rows to `out`. Raises ValueError where no prompt is left."""
+    source = locate(data.path)
+    filesystem, path = fsspec.core.url_to_fs(source)
+    local = filesystem.protocol in ("file", ("file", "local"))
+    rows = FORMATS[suffix(source)](path, **({} if local else {"filesystem": filesystem}))
+    column = "prompt" if suffix(source) == ".txt" else data.column
+    rows = rows.map_batches(Number, fn_constructor_args=(data, column), concurrency=1, batch_size=4096, num_cpus=0.1)
+    rows = rows.map_batches(Tokenize, fn_constructor_args=(tokenizer,), concurrency=1, batch_size=4096, num_cpus=0.1)
+    shutil.rmtree(out, ignore_errors=True)
+    rows.write_parquet(str(out))
+    prepared = describe(out)
+    if prepared.num_rows == 0:
+        raise ValueError(f"data.path = {data.path}: no prompt left after filtering by length and duplicates")
+    return prepared
+
+
+def describe(folder: Path) -> Prepared:
+    """Count and digest of rows prepared earlier, read in order."""
+    digest, num_rows = hashlib.sha256(), 0
+    for path in sorted(folder.glob("*.parquet")):
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(columns=["prompt"]):
+            for prompt in batch.column(0).to_pylist():
+                digest.update(prompt.encode() + b"\n")
+                num_rows += 1
+    return Prepared(folder, num_rows, digest.hexdigest())
+
+
+def suffix(path: str) -> str:
+    """The file format's suffix. Raises ValueError listing those that can be read."""
+    found = PurePosixPath(path.split("?")[0]).suffix.lower()
+    if found not in FORMATS:
+        raise ValueError(f"data.path = {path}: unknown format {found or '(no suffix)'}; allowed: {', '.join(FORMATS)}")
+    return found
+
+
+class Number:
+    """Strip, filter by length, drop repeats, number what is kept. One actor, so that order and numbers are fixed."""
+
+    def __init__(self, data: Data, column: str) -> None:
+        self.data, self.column = data, column
+        self.seen: set[bytes] = set()
+        self.count = 0
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        kept = [prompt for prompt in map(self._clean, batch[self.column]) if prompt is not None]
+        if self.data.max_rows is not None:
+            kept = kept[: max(0, self.data.max_rows - self.count)]
+        index = np.arange(self.count, self.count + len(kept))
+        self.count += len(kept)
+        return {"index": index, "prompt": np.array(kept, dtype=object)}
+
+    def _clean(self, value: object) -> str | None:
+        prompt = value.strip() if isinstance(value, str) else ""
+        if not self.data.min_chars <= len(prompt) <= self.data.max_chars:
+            return None
+        if self.data.deduplicate:
+            key = hashlib.blake2b(prompt.encode(), digest_size=12).digest()
+            if key in self.seen:
+                return None
+            self.seen.add(key)
+        return prompt
+
+
+class Tokenize:
+    """Add `input_ids`, padded or cut to the tokenizer's length."""
+
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        length = self.tokenizer.model_max_length
+        prompts = [str(prompt) for prompt in batch["prompt"]]
+        if not prompts:
+            return {**batch, "input_ids": np.zeros((0, length), dtype=np.int32)}
+        ids = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=length).input_ids
+        return {**batch, "input_ids": np.array(ids, dtype=np.int32)}

@@ -1,0 +1,89 @@
+"""The whole idea on one machine: train, register, evaluate on held-out prompts, report."""
+
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from craftor import checkpoint
+from craftor.cluster import ray_session
+from craftor.evaluate import Tuned, evaluate
+from craftor.fit import write_json
+from craftor.job import Trained, train
+from craftor.locate import shipped_recipe
+from craftor.memory import peak_memory
+from craftor.recipe import Recipe, RecipeError, RewardTuning, load
+from craftor.report import write_report
+
+RECIPE = "micro_textcraftor.toml"
+
+
+def quickstart(out: Path, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Run the shipped recipe into `out` and write `report.json`, `report.html` and `report.png` there."""
+    source = shipped_recipe(RECIPE)
+    recipe = load(source, overrides)
+    with peak_memory() as peak, ray_session(recipe.workers.num):
+        trained = train(recipe, source, out)
+        summary = evaluate_runs([out], out / "evaluation", recipe.workers.num)
+    return finish(out, trained, summary, peak.gib, "craftor quickstart")
+
+
+def evaluate_runs(runs: Sequence[Path], out: Path, num_actors: int) -> dict[str, Any]:
+    """Evaluate the mixture of the runs' encoders, each in its own window, by the first run's evaluation section."""
+    tuned, first = [], None
+    for run in runs:
+        recipe = load_run(run)
+        first = first or recipe
+        assert isinstance(recipe.task, RewardTuning)
+        if recipe.evaluation is None:
+            raise RecipeError(f"{run / 'recipe.toml'}: has no [evaluation] section")
+        last = checkpoint.latest(run)
+        if last is None:
+            raise RecipeError(f"{run}: no complete checkpoint to evaluate")
+        window = recipe.task.window.steps(recipe.task.rollout.num_steps)
+        start = window.start if recipe.evaluation.use_from is None else recipe.evaluation.use_from
+        tuned.append(Tuned(str((last / "text_encoder").resolve()), recipe.evaluation.weight, (start, window.stop)))
+    assert first is not None
+    with ray_session(num_actors):
+        return evaluate(first, tuned, out, num_actors)
+
+
+def load_run(run: Path) -> Recipe:
+    """The resolved recipe of a run folder."""
+    if not (run / "recipe.toml").is_file():
+        raise RecipeError(f"{run}: not a run folder (no recipe.toml)")
+    return load(run / "recipe.toml")
+
+
+def finish(out: Path, trained: Trained, summary: dict[str, Any], peak_gib: float, command: str) -> dict[str, Any]:
+    """Write `report.json` and the two renderings of it."""
+    recipe = load_run(out)
+    assert recipe.evaluation is not None
+    report = {
+        "name": recipe.name,
+        **summary,
+        "registered": trained.registered,
+        "train_seconds": round(trained.train_seconds, 1),
+        "peak_rss_gib": round(peak_gib, 2),
+        "num_prompts": recipe.evaluation.num_prompts,
+        "num_seeds": recipe.evaluation.num_seeds,
+        "machine": machine(),
+        "command": command,
+    }
+    write_json(out / "report.json", report)
+    write_report(out)
+    return report
+
+
+def machine() -> str:
+    """Processor, cores and memory, for the figures to be read with."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = names[0] if names else model
+    return f"{model}, {psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"
+
+

@@ -1,0 +1,37 @@
+"""Tasks: what one optimiser step computes. `fit` knows only this protocol."""
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from craftor.recipe import Recipe
+from craftor.stream import Rows
+
+
+class Task(Protocol):
+    module: nn.Module
+    """What trains; every other part is frozen."""
+    save_as: str
+    """Folder name of the trained module in the pipeline layout: `text_encoder` or `unet`."""
+
+    def step(self, module: nn.Module, rows: Rows) -> dict[str, Tensor]:
+        """Forward and backward for one slice of a batch, through `module` (perhaps wrapped for several workers).
+
+        Leaves the gradient of the mean loss over the slice in the parameters; returns per-sample metrics, `loss` first.
+        """
+        ...
+
+    def assert_frozen(self) -> None:
+        """Every part but `module` is without gradient."""
+        ...
+
+
+def build(recipe: Recipe) -> Task:
+    """The task a recipe names, with its models loaded."""
+    if recipe.task.kind == "reward_tuning":
+        from craftor.tasks.reward_tuning import RewardTuningTask
+
+        return RewardTuningTask(recipe)
+    from craftor.tasks.denoising import DenoisingTask
+
+    return DenoisingTask(recipe)

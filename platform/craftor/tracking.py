@@ -1,0 +1,140 @@
+"""Runs in MLflow: parameters, metrics as they come, artifacts; and patience when the server goes away.
+
+`metrics.jsonl` in the run's folder is the truth; MLflow is fed from it. If the server is unreachable at the start, the
+run does not start; if it goes away later, lines wait here and are sent when it is back, at the latest by `sync`.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import mlflow
+from mlflow.entities import DatasetInput, InputTag, LoggedModelOutput, Metric, Param, RunStatus
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from craftor.prompts import Prepared
+from craftor.recipe import Recipe
+
+EXPERIMENT = "craftor"
+_BATCH, _RETRY_SECONDS = 40, 15.0
+
+
+class TrackingUnreachable(RuntimeError):
+    """The MLflow server does not answer; the message names it and what to do."""
+
+
+def client(runs_root: Path) -> MlflowClient:
+    """A client for `MLFLOW_TRACKING_URI`, by default an SQLite file beside the runs. Raises TrackingUnreachable."""
+    # The default of seven retries with backoff would hold a run up for minutes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs_root.resolve() / 'mlflow.db'}"
+    mlflow.set_tracking_uri(uri)
+    connected = MlflowClient(uri)
+    try:
+        if connected.get_experiment_by_name(EXPERIMENT) is None:
+            local = uri.startswith("sqlite:")
+            connected.create_experiment(
+                EXPERIMENT, artifact_location=(runs_root.resolve() / "mlartifacts").as_uri() if local else None
+            )
+    except MlflowException as error:
+        reason = str(error).splitlines()[0][:200]
+        raise TrackingUnreachable(
+            f"MLflow at {uri} does not answer ({reason}); start it, or unset MLFLOW_TRACKING_URI to use a local file"
+        ) from None
+    return connected
+
+
+class Tracker:
+    """One MLflow run; `log` never blocks training for long and never raises when the server is away."""
+
+    def __init__(self, connected: MlflowClient, run_id: str) -> None:
+        self.client, self.run_id = connected, run_id
+        self.waiting: list[Metric] = []
+        self.retry_at = 0.0
+        self.outage: str | None = None
+
+    @classmethod
+    def start(cls, connected: MlflowClient, recipe: Recipe, prepared: Prepared) -> "Tracker":
+        """Create the run with the resolved recipe and the prompt dataset's digest."""
+        experiment = connected.get_experiment_by_name(EXPERIMENT)
+        assert experiment is not None
+        run_id = connected.create_run(experiment.experiment_id, run_name=recipe.name).info.run_id
+        parameters = [Param(key, str(value)[:500]) for key, value in _flatten(recipe.model_dump(by_alias=True))]
+        connected.log_batch(run_id, params=parameters)
+        connected.log_dict(run_id, recipe.model_dump(by_alias=True), "recipe.json")
+        connected.log_inputs(run_id, [_dataset(recipe, prepared)])
+        return cls(connected, run_id)
+
+    def log(self, record: dict[str, float]) -> None:
+        """Queue one line of `metrics.jsonl` and send what waits, unless the server was away a moment ago."""
+        now = int(time.time() * 1000)
+        step = int(record["step"])
+        self.waiting += [Metric(name, float(value), now, step) for name, value in record.items() if name != "step"]
+        if len(self.waiting) >= _BATCH * len(record) // 10 and time.monotonic() >= self.retry_at:
+            self.flush()
+
+    def flush(self) -> bool:
+        """Send what waits; False, with `outage` saying why, when the server does not answer."""
+        while self.waiting:
+            head = self.waiting[:900]  # MLflow takes at most 1000 metrics in one call
+            try:
+                self.client.log_batch(self.run_id, metrics=head)
+            except MlflowException as error:
+                self.outage = str(error).splitlines()[0][:200]
+                self.retry_at = time.monotonic() + _RETRY_SECONDS
+                return False
+            del self.waiting[: len(head)]
+        self.outage = None
+        return True
+
+    def artifacts(self, folder: Path, path: str) -> None:
+        if folder.is_dir():
+            self.client.log_artifacts(self.run_id, str(folder), path)
+        else:
+            self.client.log_artifact(self.run_id, str(folder), path)
+
+    def output(self, model_id: str, step: int) -> None:
+        """Tie a logged model to the run that made it."""
+        self.client.log_outputs(self.run_id, [LoggedModelOutput(model_id, step)])
+
+    def finish(self, *, failed: bool = False) -> None:
+        status = RunStatus.FAILED if failed else RunStatus.FINISHED
+        self.client.set_terminated(self.run_id, RunStatus.to_string(status))
+
+
+def sync(connected: MlflowClient, run_id: str, metrics: Path) -> int:
+    """Send the whole of `metrics.jsonl` again (MLflow keeps points of equal step and value apart only by time)."""
+    known = {m.step for m in connected.get_metric_history(run_id, "loss")}
+    tracker = Tracker(connected, run_id)
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    missing = [record for record in records if record["step"] not in known]
+    for record in missing:
+        tracker.log(record)
+    if not tracker.flush():
+        raise TrackingUnreachable(f"MLflow does not answer: {tracker.outage}")
+    return len(missing)
+
+
+def _dataset(recipe: Recipe, prepared: Prepared) -> DatasetInput:
+    from mlflow.entities import Dataset
+
+    return DatasetInput(
+        Dataset(
+            name=Path(recipe.data.path.removeprefix("micro:")).name,
+            digest=prepared.digest[:16],
+            source_type="local",
+            source=json.dumps({"uri": recipe.data.path, "sha256": prepared.digest}),
+            profile=json.dumps({"num_rows": prepared.num_rows}),
+        ),
+        tags=[InputTag("mlflow.data.context", "training")],
+    )
+
+
+def _flatten(data: dict, prefix: str = "") -> list[tuple[str, object]]:
+    pairs: list[tuple[str, object]] = []
+    for key, value in data.items():
+        pairs += _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+    return pairs

@@ -1,0 +1,159 @@
+"""Trains the parts of the micro world: `python -m craftor_micro.build STAGE`, each seeded, each with its scores."""
+
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from craftor_rewards.aesthetic import Aesthetic
+from craftor_rewards.clip_score import ClipScore
+from craftor_rewards.pick_score import PickScore
+from transformers import CLIPModel
+
+from craftor_micro.autoencoder import build_autoencoder, psnr, train_decoder
+from craftor_micro.contrastive import build_clip, train_clip
+from craftor_micro.hard_negatives import hard_negative_accuracy
+from craftor_micro.pool import captions, render_pool
+from craftor_micro.preferences import sample_choices, score_choices, train_on_choices
+from craftor_micro.ratings import image_embeddings, rate, score_head, train_head
+from craftor_micro.referee import Referee
+from craftor_micro.referee_training import score_referee, train_referee
+from craftor_micro.reward_clip import train_reward_clip
+from craftor_micro.tokenizer import build_tokenizer
+
+WEIGHTS = Path("platform/craftor_micro/weights")
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+Out = Annotated[Path, typer.Option(help="Folder to write: weights in half precision and scores.json.")]
+Steps = Annotated[int, typer.Option(min=1, help="Optimiser updates.")]
+Seed = Annotated[int, typer.Option(help="Seeds renders, initial weights and batches.")]
+Renders = Annotated[int, typer.Option(min=256, help="Training images.")]
+
+
+@app.command("referee")
+def make_referee(
+    out: Out = WEIGHTS / "referee", steps: Steps = 6000, renders: Renders = 100_000, seed: Seed = 7001
+) -> None:
+    """The exact scorer: a classifier of clean renders."""
+    started = _begin(seed)
+    referee = Referee()
+    train_referee(referee, render_pool(renders, seed=seed, two_objects=0.5), num_steps=steps, seed=seed + 1)
+    referee.save(out)
+    held_out = render_pool(3000, seed=seed + 2, held_out=True)
+    _finish(out, seed, started, score_referee(Referee.load(out), held_out))
+
+
+@app.command("autoencoder")
+def make_autoencoder(
+    out: Out = WEIGHTS / "autoencoder", steps: Steps = 1200, renders: Renders = 12_000, seed: Seed = 11
+) -> None:
+    """The base model's autoencoder: principal components, and a decoder trained to invert them."""
+    started = _begin(seed)
+    pool = render_pool(renders, seed=seed)
+    autoencoder = build_autoencoder(pool)
+    train_decoder(autoencoder, pool, num_steps=steps, seed=seed + 1)
+    held_out = render_pool(256, seed=seed + 2, held_out=True)
+    scores = {"psnr_db": psnr(autoencoder, held_out, num=256)}
+    autoencoder.half().save_pretrained(out)
+    _finish(out, seed, started, scores)
+
+
+@app.command("text-encoder")
+def make_text_encoder(
+    out: Out = WEIGHTS / "text_encoder", steps: Steps = 1000, renders: Renders = 60_000, seed: Seed = 21
+) -> None:
+    """The base model's own CLIP, trained on captions as careless as the web's."""
+    started = _begin(seed)
+    tokenizer, pool = build_tokenizer(), render_pool(renders, seed=seed)
+    clip = build_clip(tokenizer)
+    clip.set_attn_implementation("eager")
+    careless = captions(pool.scenes, seed + 1, clean=False)
+    scores = train_clip(clip, tokenizer, pool, careless, num_steps=steps, seed=seed + 2)
+    _save_clip(clip, out)
+    _finish(out, seed, started, {name: value for name, value in scores.items() if name != "seconds"})
+
+
+@app.command("reward-clip")
+def make_reward_clip(
+    out: Out = WEIGHTS / "reward_clip", steps: Steps = 2600, renders: Renders = 60_000, seed: Seed = 8001
+) -> None:
+    """The alignment reward: a CLIP of clean captions and hard negatives that also keeps quality."""
+    started = _begin(seed)
+    tokenizer, pool = build_tokenizer(), render_pool(renders, seed=seed, two_objects=0.35)
+    clip = build_clip(tokenizer, width=96, num_layers=3)
+    train_reward_clip(clip, tokenizer, pool, rate(pool.scenes, seed + 1), num_steps=steps, seed=seed + 2)
+    _save_clip(clip, out)
+    _finish(out, seed, started, hard_negative_accuracy(ClipScore(out).towers, render_pool(1500, seed + 3, held_out=True), seed + 4))
+
+
+@app.command("aesthetic")
+def make_aesthetic(
+    out: Out = WEIGHTS / "aesthetic",
+    clip: Annotated[str, typer.Option(help="The CLIP below, relative to --out.")] = "../reward_clip",
+    steps: Steps = 3000,
+    renders: Renders = 20_000,
+    seed: Seed = 9001,
+) -> None:
+    """The style reward: a head on the reward CLIP's image embedding, trained on noisy ratings."""
+    started = _begin(seed)
+    out.mkdir(parents=True, exist_ok=True)
+    towers = ClipScore(out / clip).towers
+    pool, held_out = render_pool(renders, seed=seed), render_pool(2000, seed + 1, held_out=True)
+    features = image_embeddings(towers, pool, torch.Generator().manual_seed(seed + 2))
+    head = train_head(features, rate(pool.scenes, seed + 3), hidden=64, num_steps=steps, seed=seed + 4)
+    head.save(out, clip=clip)
+    _finish(out, seed, started, score_head(Aesthetic(out).head, image_embeddings(towers, held_out, None), held_out.scenes))
+
+
+@app.command("preference")
+def make_preference(
+    out: Out = WEIGHTS / "preference",
+    steps: Steps = 1800,
+    choice_steps: Annotated[int, typer.Option(min=1, help="Updates on choices, after the contrastive ones.")] = 900,
+    renders: Renders = 40_000,
+    seed: Seed = 10_001,
+) -> None:
+    """The evaluation-only reward: another CLIP, tuned on choices between two images."""
+    started = _begin(seed)
+    tokenizer, pool = build_tokenizer(), render_pool(renders, seed=seed, two_objects=0.35)
+    clip = build_clip(tokenizer, width=96, num_layers=2)
+    train_reward_clip(clip, tokenizer, pool, None, num_steps=steps, seed=seed + 1)
+    choices = sample_choices(renders // 2, seed + 2)
+    train_on_choices(clip, tokenizer, choices, num_steps=choice_steps, seed=seed + 10)
+    _save_clip(clip, out)
+    reward, held_out = PickScore(out), sample_choices(1500, seed + 11, held_out=True)
+    first, second = (
+        torch.cat([reward(p.batch(torch.arange(i, i + 250)), held_out.prompts[i : i + 250]) for i in range(0, 1500, 250)])
+        for p in (held_out.first, held_out.second)
+    )
+    negatives = hard_negative_accuracy(reward.towers, held_out.first, seed + 20)
+    _finish(out, seed, started, {**score_choices(first, second, held_out), **negatives})
+
+
+def _save_clip(clip: CLIPModel, out: Path) -> None:
+    """Half precision in Hugging Face layout, with its tokenizer."""
+    clip.half().save_pretrained(out)
+    build_tokenizer().save_pretrained(out)
+
+
+def _begin(seed: int) -> float:
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    return time.time()
+
+
+def _finish(out: Path, seed: int, started: float, scores: dict[str, float]) -> None:
+    """Write `scores.json`: how the weights were made and how good they are."""
+    rounded = {name: round(value, 4) for name, value in scores.items()}
+    command = shlex.join(["python", "-m", "craftor_micro.build", *sys.argv[1:]])
+    record = {"command": command, "seed": seed, "seconds": round(time.time() - started), "scores": rounded}
+    (out / "scores.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(record, indent=2))
+
+
+if __name__ == "__main__":
+    app()
