@@ -25,7 +25,7 @@ quickstart: .venv/.installed
 check: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/mypy
 
 format: .venv/.dev
 	$(BIN)/ruff format .

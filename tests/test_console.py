@@ -25,9 +25,9 @@ def plain() -> Console:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not condition():
-        assert time.monotonic() < deadline, "nothing happened in ten seconds"
+        assert time.monotonic() < deadline, "nothing happened in a minute"
         time.sleep(0.02)
 
 
@@ -124,13 +124,13 @@ def test_rewards_are_what_is_not_bookkeeping() -> None:
     assert rewards_of(record(1, pick=0.2, saturated=0.0, images_per_second=3.0)) == ["clip", "pick"]
 
 
-def test_time_left_needs_two_readings() -> None:
-    pace = Pace(10)
+def test_time_left_follows_the_last_readings(monkeypatch: pytest.MonkeyPatch) -> None:
+    pace, now = Pace(10), iter((100.0, 103.0))
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
     pace.saw([record(1)])
     assert pace.seconds_left() is None
-    time.sleep(0.02)
-    pace.saw([record(2), record(3)])
-    assert 0.07 <= pace.seconds_left() < 5
+    pace.saw([record(2), record(4)])
+    assert pace.seconds_left() == 6.0  # a second a step
 
 
 def test_table_marks_what_is_sure() -> None:

@@ -1,15 +1,15 @@
-"""Rewards on tiny random weights: scores per pair, gradient to the pixels, nothing trained, errors that name the way out."""
+"""Rewards on tiny random weights: scores per pair, gradient to pixels, nothing trained, errors that help."""
 
 import pytest
 import torch
-from craftor_rewards import REWARDS, Reward, build
-from craftor_rewards import clip as clip_module
-from craftor_rewards.aesthetic import Head
-from craftor_rewards.protocol import check_inputs
 from transformers import CLIPModel
 
 from craftor_micro.contrastive import build_clip
 from craftor_micro.tokenizer import build_tokenizer
+from craftor_rewards import REWARDS, Reward, build
+from craftor_rewards import clip as clip_module
+from craftor_rewards.aesthetic import Head
+from craftor_rewards.protocol import check_inputs
 
 PROMPTS = ["a red circle", "a small blue star on a plain white background", "there is a big ring"]
 

@@ -9,7 +9,9 @@ from rich.console import Console
 from craftor import __version__
 from craftor.recipe import RecipeError, load, parse_override
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Make text-to-image diffusion models better by reward.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Make text-to-image diffusion models better by reward."
+)
 console = Console(stderr=True)
 
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a recipe key: --set optimizer.lr=1e-4")]

@@ -40,6 +40,12 @@ def _worker_environment() -> dict[str, str]:
     """Offline hubs stay offline in the workers, and an uninstalled checkout is importable there."""
     passed = ("HF_HUB_OFFLINE", "HF_HOME", "TRANSFORMERS_OFFLINE", "TOKENIZERS_PARALLELISM")
     environment = {name: os.environ[name] for name in passed if name in os.environ}
-    roots = [str(Path(spec.origin).parents[1]) for name in ("craftor", "craftor_rewards") if (spec := find_spec(name)) and spec.origin]
-    environment["PYTHONPATH"] = os.pathsep.join([*dict.fromkeys(roots), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
+    roots = [
+        str(Path(spec.origin).parents[1])
+        for name in ("craftor", "craftor_rewards")
+        if (spec := find_spec(name)) and spec.origin
+    ]
+    environment["PYTHONPATH"] = os.pathsep.join([*dict.fromkeys(roots), os.environ.get("PYTHONPATH", "")]).strip(
+        os.pathsep
+    )
     return environment

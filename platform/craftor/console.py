@@ -15,6 +15,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from craftor.statistics import decimals, excludes_zero
+from craftor.verdict import ordered
 
 BOOKKEEPING = ("step", "loss", "total", "grad_norm", "lr", "drift", "saturated", "images_per_second")
 _POLL_SECONDS, _PLAIN_EVERY = 0.25, 10
@@ -165,7 +166,7 @@ def table(metrics: dict[str, dict]) -> Table:
     for heading in ("base", "tuned", "change [95% interval]", "wins"):
         result.add_column(heading, justify="right", no_wrap=True)
     result.add_column("")
-    for name, row in metrics.items():
+    for name, row in ordered(metrics).items():
         digits, sure = decimals(row["ci95"]), excludes_zero(row["ci95"])
         style = ("green" if row["delta"] > 0 else "red") if sure else ""
         low, high = row["ci95"]

@@ -51,7 +51,7 @@ def load(path: str) -> Diffuser:
     folder = locate(path)
     try:
         pipeline = StableDiffusionPipeline.from_pretrained(
-            folder, torch_dtype=torch.float32, use_safetensors=True, safety_checker=None, feature_extractor=None
+            folder, dtype=torch.float32, use_safetensors=True, safety_checker=None, feature_extractor=None
         )
     except OSError as error:
         raise ValueError(

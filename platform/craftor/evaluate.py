@@ -14,10 +14,8 @@ from typing import Any
 import numpy as np
 import ray.data
 import torch
-from craftor_micro.captions import Description
-from craftor_micro.referee import Referee
-from craftor_rewards import build as build_reward
 from PIL import Image
+from rich.progress import track
 from torch import Tensor
 from transformers import CLIPTextModel
 
@@ -29,6 +27,10 @@ from craftor.locate import locate
 from craftor.mixture import Condition, Member, sample_mixture
 from craftor.recipe import Evaluation, Recipe, RewardTuning
 from craftor.statistics import paired
+from craftor_micro.captions import Description
+from craftor_micro.referee import Referee
+from craftor_rewards import ClipScore
+from craftor_rewards import build as build_reward
 
 STRIP_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 NUM_STRIPS, NUM_SAMPLES = 48, 16
@@ -52,13 +54,16 @@ def held_out_prompts(evaluation: Evaluation) -> list[dict[str, Any]]:
         raise ValueError(
             f"evaluation.num_prompts = {evaluation.num_prompts}: {evaluation.prompts} has {len(rows)} prompts"
         )
-    return [{"number": i, "prompt": r["prompt"], "description": json.dumps(r.get("description"))} for i, r in enumerate(rows)]
+    return [
+        {"number": i, "prompt": r["prompt"], "description": json.dumps(r.get("description"))}
+        for i, r in enumerate(rows)
+    ]
 
 
 def evaluate(recipe: Recipe, tuned: Sequence[Tuned], out: Path, num_actors: int) -> dict[str, Any]:
     """Write `images.jsonl`, `samples/` and `summary.json` to `out`; returns the summary.
 
-    The summary is `{"metrics": {name: {"base", "tuned", "delta", "ci95", "win_rate", "held_out"}}, "interpolation": [...]}`.
+    The summary has `metrics` (name -> what `statistics.paired` gives, and `held_out`) and the `interpolation` curve.
     """
     assert isinstance(recipe.task, RewardTuning) and recipe.evaluation is not None
     (out / "samples").mkdir(parents=True, exist_ok=True)
@@ -71,7 +76,8 @@ def evaluate(recipe: Recipe, tuned: Sequence[Tuned], out: Path, num_actors: int)
         batch_format="numpy",
     )
     images = []
-    for row in scored.iter_rows():
+    total = recipe.evaluation.num_prompts
+    for row in track(scored.iter_rows(), description=f"evaluating {total} held-out prompts", total=total):
         images.extend(_unpack(row, out))
     images.sort(key=lambda image: (image["number"], image["seed"], image["variant"]))
     with (out / "images.jsonl").open("w") as file:
@@ -93,6 +99,7 @@ class Scorer:
         self.diffuser = load(self.recipe.model.path)
         self.guided = self.diffuser.guided(task.rollout.num_steps, task.rollout.guidance_scale)
         self.rewards = {name: build_reward(r.kind, locate(r.weights)) for name, r in task.rewards.items()}
+        self.clip = next(reward for reward in self.rewards.values() if isinstance(reward, ClipScore))
         self.weights = {name: r.weight for name, r in task.rewards.items() if not r.evaluation_only}
         self.tuned = [Tuned(t["folder"], t["weight"], tuple(t["steps"])) for t in tuned]
         self.encoders = [freeze(CLIPTextModel.from_pretrained(t.folder, use_safetensors=True)) for t in self.tuned]
@@ -108,7 +115,7 @@ class Scorer:
                 # Every scorer sees what a user would: 8-bit images.
                 images = (images * 255).round() / 255
                 scores = self._scores(images, prompts, descriptions)
-                features = self.rewards[self._clip()].towers.image_features(images)
+                features = self.clip.towers.image_features(images)
                 for i, number in enumerate(numbers):
                     results[i].append(
                         {"number": number, "prompt": prompts[i], "seed": seed, "variant": variant}
@@ -135,7 +142,8 @@ class Scorer:
         images = {}
         for variant, scale in variants.items():
             members = [
-                Member(condition, scale * t.weight, range(*t.steps)) for condition, t in zip(tuned, self.tuned, strict=True)
+                Member(condition, scale * t.weight, range(*t.steps))
+                for condition, t in zip(tuned, self.tuned, strict=True)
             ]
             latents = sample_mixture(self.guided, common, base, members, range(fork, self.guided.num_steps))
             images[variant] = decode(self.diffuser.vae, latents)
@@ -149,10 +157,6 @@ class Scorer:
             scores |= self.referee.judge(images, [Description.from_json(d) for d in descriptions if d])
         return scores
 
-    def _clip(self) -> str:
-        assert isinstance(self.recipe.task, RewardTuning)
-        return next(name for name, r in self.recipe.task.rewards.items() if r.kind == "clip_score")
-
 
 def summarise(images: list[dict[str, Any]], task: RewardTuning) -> dict[str, Any]:
     """Paired statistics over prompts and seeds, diversity within prompts, and the interpolation curve."""
@@ -162,6 +166,8 @@ def summarise(images: list[dict[str, Any]], task: RewardTuning) -> dict[str, Any
     metrics = {}
     for name in names:
         base, tuned = (_grid(images, variant, name) for variant in ("base", "tuned"))
+        if np.isnan(base).all():
+            continue  # an attribute that none of these prompts mentions
         metrics[name] = {**paired(base, tuned), "held_out": name not in trained}
     metrics["diversity"] = {**paired(_diversity(images, "base"), _diversity(images, "tuned")), "held_out": True}
     strips = [i for i in images if i["seed"] == 0 and i["number"] < NUM_STRIPS]

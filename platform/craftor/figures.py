@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -101,6 +102,12 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
 
 
+def limits(values: np.ndarray) -> tuple[float, float]:
+    """Ends of an axis at least a tenth of the values tall, so that a thousandth does not look like a fall."""
+    middle, half = (values.max() + values.min()) / 2, max(np.ptp(values), 0.1 * np.abs(values).max(), 1e-9) / 2
+    return float(middle - half), float(middle + half)
+
+
 def _style(theme: Theme) -> dict:
     return {
         "font.family": "DejaVu Sans",
@@ -130,7 +137,9 @@ def _draw_pair(figure: Figure, column: int, pair: Pair, theme: Theme) -> None:
     x = round(_MARGIN + column * (_SIDE + gap))
     for row, image in enumerate((pair.base, pair.tuned)):
         nearest = image.width <= _SIDE
-        scaled = image.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.NEAREST if nearest else Image.LANCZOS)
+        scaled = image.convert("RGB").resize(
+            (_SIDE, _SIDE), Image.Resampling.NEAREST if nearest else Image.Resampling.LANCZOS
+        )
         top = 152 + row * (_SIDE + 8)
         # figimage copies pixels as they are: no resampling blurs the comparison.
         figure.figimage(np.asarray(scaled), x, POSTER_SIZE[1] - top - _SIDE)
@@ -176,17 +185,20 @@ def _draw_interpolation(
         axes.set_title(name, loc="left", fontsize=9, color=theme.muted, pad=6)
         axes.set_xticks(weights, [f"{w:g}" for w in weights] if index == len(rows) - 1 else [""] * len(weights))
         axes.yaxis.set_major_locator(MaxNLocator(2))
-        axes.margins(y=0.25)
+        low, high = limits(values)
+        axes.set_ylim(low - 0.25 * (high - low), high + 0.25 * (high - low))
 
 
 def _axes(figure: Figure, box: tuple[float, ...]) -> Axes:
     """Axes from pixels counted from the top left."""
     x, y, width, height = box
     total_width, total_height = POSTER_SIZE
-    return figure.add_axes((x / total_width, 1 - (y + height) / total_height, width / total_width, height / total_height))
+    return figure.add_axes(
+        (x / total_width, 1 - (y + height) / total_height, width / total_width, height / total_height)
+    )
 
 
-def _text(figure: Figure, x: float, y: float, text: str, **style: object) -> None:
+def _text(figure: Figure, x: float, y: float, text: str, **style: Any) -> None:
     style = {"va": "top", **style}
     # A prompt may hold dollar signs, which are no mathematics.
     figure.text(x / POSTER_SIZE[0], 1 - y / POSTER_SIZE[1], text.replace("$", r"\$"), **style)

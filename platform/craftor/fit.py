@@ -74,9 +74,7 @@ def train_worker(config: dict[str, Any]) -> None:
     task.assert_frozen()
     module = prepare_model(task.module)
     parameters = [p for p in task.module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
-    )
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
     original = {name: p.detach().clone() for name, p in task.module.named_parameters()}
     average = {name: p.clone() for name, p in original.items()} if settings.ema_decay else None
     step = 0
@@ -135,7 +133,7 @@ def save(
     def save_module(folder: Path) -> None:
         current = {name: p.detach().clone() for name, p in task.module.named_parameters()}
         task.module.load_state_dict(average or current, strict=False)
-        task.module.save_pretrained(folder / task.save_as, safe_serialization=True)
+        task.save(folder)
         task.module.load_state_dict(current, strict=False)
 
     checkpoint.save(
@@ -182,9 +180,9 @@ def update_average(average: dict[str, Tensor] | None, module: nn.Module, decay: 
 @torch.no_grad()
 def drift(module: nn.Module, original: dict[str, Tensor]) -> float:
     """Relative distance of the weights from where they started."""
-    moved = sum((p - original[name]).square().sum() for name, p in module.named_parameters())
-    size = sum(value.square().sum() for value in original.values())
-    return (moved / size).sqrt().item()
+    moved = sum((p - original[name]).square().sum().item() for name, p in module.named_parameters())
+    size = sum(value.square().sum().item() for value in original.values())
+    return math.sqrt(moved / size)
 
 
 def report_failure(run_dir: Path, rows: stream.Rows, recipe: Recipe, metrics: dict[str, Tensor], rank: int) -> None:

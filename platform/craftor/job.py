@@ -1,4 +1,4 @@
-"""One training run from recipe to registry: check, prepare, track, train, register. Everything it needs lies in its folder.
+"""One training run from recipe to registry: check, prepare, track, train, register; all it needs lies in its folder.
 
 `RUN/` holds `recipe.toml` (resolved), `run.json` (MLflow ids, digest, times), `rows/`, `metrics.jsonl`, `checkpoints/`,
 `bundle/` and, after evaluation, `evaluation/` and `report.*`.
@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tomli_w
+from transformers import CLIPTokenizer
 
-from craftor import preflight, prompts, registry, tracking
+from craftor import checkpoint, preflight, prompts, registry, tracking
 from craftor.cluster import ray_session
 from craftor.console import follow
 from craftor.diffuser import load as load_diffuser
 from craftor.fit import METRICS, TrainingStopped, fit, write_json
-from craftor.locate import absolute
+from craftor.locate import absolute, locate
 from craftor.prompts import Prepared
 from craftor.recipe import Recipe, RecipeError, RewardTuning
 from craftor.recipe import load as load_recipe
@@ -43,7 +44,9 @@ def train(recipe: Recipe, source: Path, run_dir: Path) -> Trained:
     connected = tracking.client(run_dir.parent)
     run_dir.mkdir(parents=True, exist_ok=True)
     recipe = absolute(recipe)
-    (run_dir / "recipe.toml").write_text(tomli_w.dumps(recipe.model_dump(by_alias=True, exclude_none=True, mode="json")))
+    (run_dir / "recipe.toml").write_text(
+        tomli_w.dumps(recipe.model_dump(by_alias=True, exclude_none=True, mode="json"))
+    )
     with ray_session(recipe.workers.num):
         prepared = _prepare(recipe, run_dir)
         tracker = tracking.Tracker.start(connected, recipe, prepared)
@@ -66,7 +69,9 @@ def resume(run_dir: Path) -> Trained:
         else:  # killed before training began
             prepared = _prepare(recipe, run_dir)
             tracker = tracking.Tracker.start(connected, recipe, prepared)
-            write_json(run_dir / "run.json", {"mlflow_run_id": tracker.run_id, "digest": prepared.digest, "seconds": 0.0})
+            write_json(
+                run_dir / "run.json", {"mlflow_run_id": tracker.run_id, "digest": prepared.digest, "seconds": 0.0}
+            )
         return _train(recipe, run_dir, prepared, tracker)
 
 
@@ -98,18 +103,16 @@ def sync(run_dir: Path) -> Trained:
     """Send what MLflow missed during an outage, and register the encoder if that is still due."""
     recipe = load_recipe(run_dir / "recipe.toml")
     state = json.loads((run_dir / "run.json").read_text())
-    connected = tracking.client(run_dir.parent)
-    tracking.sync(connected, state["mlflow_run_id"], run_dir / METRICS)
-    from craftor import checkpoint
-
-    final, registered = checkpoint.latest(run_dir), state.get("registered")
+    final = checkpoint.latest(run_dir)
     if final is None:
         raise RecipeError(f"{run_dir}: no complete checkpoint in it")
+    tracker = tracking.Tracker(tracking.client(run_dir.parent), state["mlflow_run_id"])
+    tracking.sync(tracker, run_dir / METRICS)
+    registered = state.get("registered")
     if recipe.register_as and registered is None:
-        tracker = tracking.Tracker(connected, state["mlflow_run_id"])
         registered = _register(recipe, run_dir, final, tracker)
         write_json(run_dir / "run.json", {**state, "registered": registered})
-        tracker.finish()
+    tracker.finish()
     return Trained(run_dir, final, registered, state["seconds"])
 
 
@@ -122,10 +125,6 @@ def _prepare(recipe: Recipe, run_dir: Path) -> Prepared:
     """Prompts are read into the run's folder; image-caption pairs are prepared Parquet already."""
     if not isinstance(recipe.task, RewardTuning):
         return prompts.describe(Path(recipe.data.path))
-    from transformers import CLIPTokenizer
-
-    from craftor.locate import locate
-
     tokenizer = CLIPTokenizer.from_pretrained(f"{locate(recipe.model.path)}/tokenizer")
     return prompts.prepare(recipe.data, tokenizer, run_dir / "rows")
 

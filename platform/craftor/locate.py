@@ -1,4 +1,4 @@
-"""Where things are: `micro:NAME` is shipped with `craftor_micro`, local paths become absolute, the rest is a hub id or URL."""
+"""Where things are: `micro:NAME` is shipped with `craftor_micro`; a local path, a hub id or a URL stays what it is."""
 
 from importlib.resources import files
 from pathlib import Path

@@ -17,7 +17,7 @@ class Peak:
 
 @contextmanager
 def peak_memory() -> Iterator[Peak]:
-    """Sample while the block runs. Shared pages (libraries, Ray's object store) are counted once, as proportional set size."""
+    """Sample while the block runs. As proportional set size, shared pages (libraries, object store) count once."""
     peak, done = Peak(), threading.Event()
 
     def watch() -> None:

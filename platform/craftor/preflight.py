@@ -12,8 +12,10 @@ from craftor.locate import locate
 from craftor.recipe import Data, Evaluation, Recipe, RecipeError, RewardTuning
 
 _PROBE_BYTES = 1 << 20
-_REWARD_KINDS = ("aesthetic", "clip_score", "pick_score")
-FORMATS = (".parquet", ".csv", ".tsv", ".jsonl", ".txt")
+# Written out here so that a misspelt recipe is refused in a moment, without importing torch or Ray; tests hold these
+# equal to `craftor_rewards.REWARDS` and `prompts.FORMATS`.
+REWARD_KINDS = ("aesthetic", "clip_score", "pick_score")
+FORMATS = (".csv", ".jsonl", ".parquet", ".tsv", ".txt")
 
 
 def check(recipe: Recipe, source: Path) -> None:
@@ -42,8 +44,8 @@ def check_model(path: str) -> None:
 
 
 def check_reward(key: str, kind: str, weights: str) -> None:
-    if kind not in _REWARD_KINDS:
-        raise ValueError(f"{key}.kind: unknown reward {kind!r}; available: {', '.join(_REWARD_KINDS)}")
+    if kind not in REWARD_KINDS:
+        raise ValueError(f"{key}.kind: unknown reward {kind!r}; available: {', '.join(REWARD_KINDS)}")
     if weights.startswith("micro:"):
         locate(weights)
 
@@ -79,7 +81,7 @@ def _probe(where: str, suffix: str, head: bytes) -> tuple[list[str], bool]:
     except UnicodeDecodeError as error:
         if error.start < len(head) - 4 or len(head) < _PROBE_BYTES:
             raise ValueError(
-                f"{where}: not UTF-8 at byte {error.start} (0x{head[error.start]:02x}); convert it, for example with iconv"
+                f"{where}: not UTF-8 at byte {error.start} (0x{head[error.start]:02x}); convert it, by iconv say"
             ) from None
         text = head[: error.start].decode("utf-8")
     lines = [line for line in text.splitlines() if line.strip()]

@@ -107,8 +107,8 @@ class RewardTuning(Section):
         steps, num_steps = self.window.steps(self.rollout.num_steps), self.rollout.num_steps
         if steps.start < 0 or steps.stop > num_steps:
             raise ValueError(
-                f"window: denoising steps {steps.start}..{steps.stop - 1} do not fit in rollout.num_steps = {num_steps}; "
-                f"allowed: last <= {num_steps}, stop <= {num_steps}"
+                f"window: denoising steps {steps.start}..{steps.stop - 1} do not fit in rollout.num_steps = {num_steps}"
+                f"; allowed: last <= {num_steps}, stop <= {num_steps}"
             )
         return self
 
@@ -149,6 +149,13 @@ class Workers(Section):
 class Register(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     aliases: Annotated[tuple[str, ...], Field(strict=False)] = ()
+
+    @field_validator("aliases")
+    @classmethod
+    def _not_reserved(cls, aliases: tuple[str, ...]) -> tuple[str, ...]:
+        if any(alias.lower() == "latest" for alias in aliases):
+            raise ValueError("'latest' is reserved by MLflow; choose another alias, for example 'candidate'")
+        return aliases
 
 
 class Evaluation(Section):
@@ -229,7 +236,7 @@ def _explain(error: Any, data: dict[str, Any]) -> str:
         return f"{key}: unknown key; allowed here: {allowed}"
     message = error["msg"].removeprefix("Value error, ")
     value = error["input"]
-    shown = "" if isinstance(value, dict) or isinstance(value, BaseModel) else f" (got {value!r})"
+    shown = "" if isinstance(value, dict | BaseModel) else f" (got {value!r})"
     return f"{key}: {message}{shown}"
 
 

@@ -50,9 +50,7 @@ def describe(recipe: Recipe, diffuser: Diffuser) -> dict:
     }
 
 
-def register(
-    connected: MlflowClient, tracker: Tracker, recipe: Recipe, bundle: Path, step: int
-) -> dict[str, str]:
+def register(connected: MlflowClient, tracker: Tracker, recipe: Recipe, bundle: Path, step: int) -> dict[str, str]:
     """Log the bundle as a model of the run and register it; returns `{"name", "version"}`."""
     assert recipe.register_as is not None
     name = recipe.register_as.name

@@ -84,7 +84,7 @@ def _groups(metrics: dict[str, dict]) -> list[dict]:
 
 
 def _row(name: str, row: dict, metrics: dict[str, dict]) -> dict:
-    digits, effect, extent = decimals(row["ci95"]), _effect(name, row), _extent(metrics)
+    digits, effect, (left, right) = decimals(row["ci95"]), _effect(name, row), _extent(metrics)
     return {
         "name": name,
         "unit": UNITS.get(name, ""),
@@ -92,10 +92,10 @@ def _row(name: str, row: dict, metrics: dict[str, dict]) -> dict:
         "base": number(row["base"], digits),
         "tuned": number(row["tuned"], digits),
         "delta": number(row["delta"], digits, sign=True),
-        "interval": interval(*row["ci95"], digits),
+        "interval": interval(row["ci95"][0], row["ci95"][1], digits),
         "wins": f"{row['win_rate']:.0%}",
         "direction": ("up" if row["delta"] > 0 else "down") if excludes_zero(row["ci95"]) else "",
-        "forest": [_percent(x, *extent) for x in (effect.low, effect.middle, effect.high)] if effect else None,
+        "forest": [_percent(x, left, right) for x in (effect.low, effect.middle, effect.high)] if effect else None,
     }
 
 
@@ -157,9 +157,9 @@ def _interpolation(points: list[dict]) -> list[Series]:
 
 def _trend(name: str, weights: np.ndarray, values: np.ndarray) -> dict:
     """A line whose points stand under the columns of the strips, with the numbers to print beneath it."""
-    low, height = values.min(), np.ptp(values) or 1.0
+    low, high = figures.limits(values)
     x = (np.arange(len(weights)) + 0.5) / len(weights)
-    y = 0.88 - 0.76 * (values - low) / height
+    y = 0.88 - 0.76 * (values - low) / (high - low)
     return {
         "name": name,
         "points": [(round(100 * a, 2), round(100 * b, 2)) for a, b in zip(x, y, strict=True)],
@@ -185,7 +185,7 @@ def _open(path: Path) -> Image.Image:
 
 
 def _uri(path: Path) -> dict:
-    """An image for the page, at most twice as large as shown; small ones keep their pixels and are scaled by the page."""
+    """An image for the page, at most twice as large as shown; small ones are scaled up by the page."""
     image = _open(path)
     image.thumbnail((_MAX_SIDE, _MAX_SIDE))
     buffer = io.BytesIO()

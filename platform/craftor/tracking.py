@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import mlflow
-from mlflow.entities import DatasetInput, InputTag, LoggedModelOutput, Metric, Param, RunStatus
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, RunStatus
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
@@ -18,7 +18,7 @@ from craftor.prompts import Prepared
 from craftor.recipe import Recipe
 
 EXPERIMENT = "craftor"
-_BATCH, _RETRY_SECONDS = 40, 15.0
+_SEND_EVERY_SECONDS, _RETRY_SECONDS = 5.0, 30.0
 
 
 class TrackingUnreachable(RuntimeError):
@@ -48,12 +48,13 @@ def client(runs_root: Path) -> MlflowClient:
 
 
 class Tracker:
-    """One MLflow run; `log` never blocks training for long and never raises when the server is away."""
+    """One MLflow run; `log` never raises when the server is away, and sends nothing twice."""
 
     def __init__(self, connected: MlflowClient, run_id: str) -> None:
         self.client, self.run_id = connected, run_id
+        self.known = {point.step for point in connected.get_metric_history(run_id, "loss")}
         self.waiting: list[Metric] = []
-        self.retry_at = 0.0
+        self.send_at = 0.0
         self.outage: str | None = None
 
     @classmethod
@@ -69,12 +70,16 @@ class Tracker:
         return cls(connected, run_id)
 
     def log(self, record: dict[str, float]) -> None:
-        """Queue one line of `metrics.jsonl` and send what waits, unless the server was away a moment ago."""
-        now = int(time.time() * 1000)
+        """Queue one line of `metrics.jsonl`; every few seconds, send what waits."""
         step = int(record["step"])
+        if step in self.known:
+            return
+        self.known.add(step)
+        now = int(time.time() * 1000)
         self.waiting += [Metric(name, float(value), now, step) for name, value in record.items() if name != "step"]
-        if len(self.waiting) >= _BATCH * len(record) // 10 and time.monotonic() >= self.retry_at:
-            self.flush()
+        if time.monotonic() >= self.send_at:
+            sent = self.flush()
+            self.send_at = time.monotonic() + (_SEND_EVERY_SECONDS if sent else _RETRY_SECONDS)
 
     def flush(self) -> bool:
         """Send what waits; False, with `outage` saying why, when the server does not answer."""
@@ -84,7 +89,6 @@ class Tracker:
                 self.client.log_batch(self.run_id, metrics=head)
             except MlflowException as error:
                 self.outage = str(error).splitlines()[0][:200]
-                self.retry_at = time.monotonic() + _RETRY_SECONDS
                 return False
             del self.waiting[: len(head)]
         self.outage = None
@@ -105,22 +109,15 @@ class Tracker:
         self.client.set_terminated(self.run_id, RunStatus.to_string(status))
 
 
-def sync(connected: MlflowClient, run_id: str, metrics: Path) -> int:
-    """Send the whole of `metrics.jsonl` again (MLflow keeps points of equal step and value apart only by time)."""
-    known = {m.step for m in connected.get_metric_history(run_id, "loss")}
-    tracker = Tracker(connected, run_id)
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    missing = [record for record in records if record["step"] not in known]
-    for record in missing:
-        tracker.log(record)
+def sync(tracker: Tracker, metrics: Path) -> None:
+    """Send the lines of `metrics.jsonl` that MLflow does not have. Raises TrackingUnreachable if it is still away."""
+    for line in metrics.read_text().splitlines():
+        tracker.log(json.loads(line))
     if not tracker.flush():
         raise TrackingUnreachable(f"MLflow does not answer: {tracker.outage}")
-    return len(missing)
 
 
 def _dataset(recipe: Recipe, prepared: Prepared) -> DatasetInput:
-    from mlflow.entities import Dataset
-
     return DatasetInput(
         Dataset(
             name=Path(recipe.data.path.removeprefix("micro:")).name,

@@ -51,12 +51,12 @@ def principal_components(pool: Pool, num: int = 2000) -> tuple[Float[Tensor, " 4
     variances, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
     order = variances.argsort(descending=True)[:LATENT_CHANNELS]
     std, components = variances[order].sqrt(), vectors[:, order].T
-    scaled = components * (std ** -SCALE_EXPONENT)[:, None]
+    scaled = components * (std**-SCALE_EXPONENT)[:, None]
     return mean, scaled * (LATENT_RMS / (std ** (2 - 2 * SCALE_EXPONENT)).mean().sqrt())
 
 
 def _set_linear_encoder(layers: torch.nn.Sequential, mean: Tensor, projection: Tensor) -> None:
-    """Fill conv (3->48), strided conv, strided conv, conv (48->8) so that they compute `projection @ (patch - mean)`."""
+    """Fill conv (3->48), two strided convs and conv (48->8) so that they compute `projection @ (patch - mean)`."""
     copy, halve, quarter, project = (m for m in layers if isinstance(m, torch.nn.Conv2d))
     for conv in (copy, halve, quarter, project):
         conv.weight.zero_()
@@ -76,6 +76,7 @@ def _set_linear_encoder(layers: torch.nn.Sequential, mean: Tensor, projection: T
                             target = (colour * 2 * side + target_row) * 2 * side + target_column
                             conv.weight[target, source, 1 + dy, 1 + dx] = 1
     project.weight[:, :, 1, 1] = projection
+    assert copy.bias is not None and project.bias is not None
     copy.bias.zero_()
     project.bias.copy_(-projection @ mean)
 
@@ -101,7 +102,7 @@ def train_decoder(
         optimizer.step()
         schedule.step()
         if step % 100 == 99:
-            print(f"autoencoder step {step + 1}/{num_steps} {psnr(autoencoder, pool):.2f} dB {time.time() - started:.0f} s")
+            print(f"autoencoder step {step + 1}/{num_steps}: {psnr(autoencoder, pool):.2f} dB")
     return {"psnr_db": psnr(autoencoder, pool), "seconds": time.time() - started}
 
 

@@ -43,14 +43,14 @@ def build_scheduler() -> DDIMScheduler:
 def assemble(autoencoder: Path, clip: Path, out: Path, seed: int) -> None:
     """Save a `StableDiffusionPipeline` whose text encoder is the CLIP's text tower."""
     torch.manual_seed(seed)
-    tower = CLIPModel.from_pretrained(clip, torch_dtype=torch.float32)
+    tower = CLIPModel.from_pretrained(clip, dtype=torch.float32)
     text_encoder = CLIPTextModel(tower.config.text_config)
     state = {k.removeprefix("text_model."): v for k, v in tower.state_dict().items() if k.startswith("text_model.")}
     target = set(text_encoder.state_dict())
     prefix = "text_model." if any(key.startswith("text_model.") for key in target) else ""
     text_encoder.load_state_dict({prefix + k: v for k, v in state.items()}, strict=True)
     StableDiffusionPipeline(
-        vae=AutoencoderTiny.from_pretrained(autoencoder, torch_dtype=torch.float32),
+        vae=AutoencoderTiny.from_pretrained(autoencoder, dtype=torch.float32),
         text_encoder=text_encoder,
         tokenizer=CLIPTokenizer.from_pretrained(clip),
         unet=build_unet(tower.config.text_config.hidden_size),

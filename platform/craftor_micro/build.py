@@ -9,10 +9,6 @@ from typing import Annotated
 
 import torch
 import typer
-
-from craftor_rewards.aesthetic import Aesthetic
-from craftor_rewards.clip_score import ClipScore
-from craftor_rewards.pick_score import PickScore
 from transformers import CLIPModel
 
 from craftor_micro.autoencoder import build_autoencoder, psnr, train_decoder
@@ -23,13 +19,18 @@ from craftor_micro.preferences import sample_choices, score_choices, train_on_ch
 from craftor_micro.ratings import image_embeddings, rate, score_head, train_head
 from craftor_micro.referee import Referee
 from craftor_micro.referee_training import score_referee, train_referee
-from craftor_micro.reward_clip import train_reward_clip
+from craftor_micro.reward_clip import Teacher, train_contrast, train_vision
 from craftor_micro.tokenizer import build_tokenizer
+from craftor_rewards.aesthetic import Aesthetic
+from craftor_rewards.clip import ClipTowers
+from craftor_rewards.clip_score import ClipScore
+from craftor_rewards.pick_score import PickScore
 
 WEIGHTS = Path("platform/craftor_micro/weights")
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 Out = Annotated[Path, typer.Option(help="Folder to write: weights in half precision and scores.json.")]
 Steps = Annotated[int, typer.Option(min=1, help="Optimiser updates.")]
+VisionSteps = Annotated[int, typer.Option(min=1, help="Updates of the image tower alone, before the contrastive ones.")]
 Seed = Annotated[int, typer.Option(help="Seeds renders, initial weights and batches.")]
 Renders = Annotated[int, typer.Option(min=256, help="Training images.")]
 
@@ -79,15 +80,23 @@ def make_text_encoder(
 
 @app.command("reward-clip")
 def make_reward_clip(
-    out: Out = WEIGHTS / "reward_clip", steps: Steps = 2600, renders: Renders = 60_000, seed: Seed = 8001
+    out: Out = WEIGHTS / "reward_clip",
+    vision_steps: VisionSteps = 1000,
+    steps: Steps = 500,
+    start: Annotated[Path | None, typer.Option(help="Continue from this CLIP; give another seed too.")] = None,
+    renders: Renders = 30_000,
+    seed: Seed = 8001,
 ) -> None:
     """The alignment reward: a CLIP of clean captions and hard negatives that also keeps quality."""
     started = _begin(seed)
     tokenizer, pool = build_tokenizer(), render_pool(renders, seed=seed, two_objects=0.35)
-    clip = build_clip(tokenizer, width=96, num_layers=3)
-    train_reward_clip(clip, tokenizer, pool, rate(pool.scenes, seed + 1), num_steps=steps, seed=seed + 2)
+    clip = ClipTowers(start).clip.requires_grad_(True) if start else build_clip(tokenizer, width=96, num_layers=3)
+    teacher = Teacher(clip, pool, rate(pool.scenes, seed + 1))
+    train_vision(clip, teacher, pool, num_steps=vision_steps, seed=seed + 2)
+    train_contrast(clip, tokenizer, teacher, pool, num_steps=steps, seed=seed + 5)
     _save_clip(clip, out)
-    _finish(out, seed, started, hard_negative_accuracy(ClipScore(out).towers, render_pool(1500, seed + 3, held_out=True), seed + 4))
+    held_out = render_pool(1000, seed + 3, held_out=True)
+    _finish(out, seed, started, hard_negative_accuracy(ClipScore(out).towers, held_out, seed + 4))
 
 
 @app.command("aesthetic")
@@ -106,28 +115,34 @@ def make_aesthetic(
     features = image_embeddings(towers, pool, torch.Generator().manual_seed(seed + 2))
     head = train_head(features, rate(pool.scenes, seed + 3), hidden=64, num_steps=steps, seed=seed + 4)
     head.save(out, clip=clip)
-    _finish(out, seed, started, score_head(Aesthetic(out).head, image_embeddings(towers, held_out, None), held_out.scenes))
+    held_out_features = image_embeddings(towers, held_out, None)
+    _finish(out, seed, started, score_head(Aesthetic(out).head, held_out_features, held_out.scenes))
 
 
 @app.command("preference")
 def make_preference(
     out: Out = WEIGHTS / "preference",
-    steps: Steps = 1800,
-    choice_steps: Annotated[int, typer.Option(min=1, help="Updates on choices, after the contrastive ones.")] = 900,
-    renders: Renders = 40_000,
+    vision_steps: VisionSteps = 800,
+    steps: Steps = 300,
+    choice_steps: Annotated[int, typer.Option(min=1, help="Updates on choices, after the contrastive ones.")] = 300,
+    renders: Renders = 24_000,
     seed: Seed = 10_001,
 ) -> None:
     """The evaluation-only reward: another CLIP, tuned on choices between two images."""
     started = _begin(seed)
     tokenizer, pool = build_tokenizer(), render_pool(renders, seed=seed, two_objects=0.35)
     clip = build_clip(tokenizer, width=96, num_layers=2)
-    train_reward_clip(clip, tokenizer, pool, None, num_steps=steps, seed=seed + 1)
+    teacher = Teacher(clip, pool, None)
+    train_vision(clip, teacher, pool, num_steps=vision_steps, seed=seed + 1)
+    train_contrast(clip, tokenizer, teacher, pool, num_steps=steps, seed=seed + 3)
     choices = sample_choices(renders // 2, seed + 2)
     train_on_choices(clip, tokenizer, choices, num_steps=choice_steps, seed=seed + 10)
     _save_clip(clip, out)
     reward, held_out = PickScore(out), sample_choices(1500, seed + 11, held_out=True)
     first, second = (
-        torch.cat([reward(p.batch(torch.arange(i, i + 250)), held_out.prompts[i : i + 250]) for i in range(0, 1500, 250)])
+        torch.cat(
+            [reward(p.batch(torch.arange(i, i + 250)), held_out.prompts[i : i + 250]) for i in range(0, 1500, 250)]
+        )
         for p in (held_out.first, held_out.second)
     )
     negatives = hard_negative_accuracy(reward.towers, held_out.first, seed + 20)

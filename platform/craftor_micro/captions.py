@@ -18,7 +18,7 @@ _POSITION_PHRASES = {
 }
 _SYNONYMS = {"large": ("large", "big"), "small": ("small", "little"), "gray": ("gray", "grey")}
 _PREFIXES = ("", "", "", "a picture of ", "an image of ", "there is ")
-TEMPLATE_WORDS = "a an picture image of there is with on in at the background backdrop big little grey".split()
+TEMPLATE_WORDS = ["a", "an", "background", "backdrop", "image", "in", "is", "of", "on", "at", "picture", "the", "there", "with"]
 
 
 @dataclass(frozen=True)
@@ -134,4 +134,5 @@ def vocabulary() -> list[str]:
     """Every word a caption can hold."""
     tables = (SHAPES, COLOURS, BACKGROUNDS, SIZES, TEXTURES, TEMPLATE_WORDS, POSITIONS)
     words = {word for table in tables for entry in table for word in entry.split()}
+    words |= {synonym for synonyms in _SYNONYMS.values() for synonym in synonyms}
     return sorted(words | {word for relation in RELATIONS for word in relation.split()})

@@ -1,11 +1,11 @@
-"""A small CLIP trained contrastively on captioned renders: the base model's text tower, and (apart) the reward's CLIP."""
+"""A small CLIP trained contrastively on captioned renders: the base's text tower and, apart, the rewards' CLIPs."""
 
 import time
 from collections.abc import Sequence
 
 import torch
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 import torch.nn.functional as F
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from craftor_micro.pool import Pool
 from craftor_micro.tokenizer import MAX_LENGTH
@@ -16,7 +16,12 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 def build_clip(tokenizer: CLIPTokenizer, *, width: int = 128, num_layers: int = 3) -> CLIPModel:
     """A `CLIPModel` for 64-pixel images in 8-pixel patches; token ids end with the first end-of-text token."""
-    tower = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": num_layers, "num_attention_heads": 4}
+    tower = {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+    }
     text = {
         **tower,
         "vocab_size": len(tokenizer),
@@ -48,7 +53,9 @@ def train_clip(
 ) -> dict[str, float]:
     """Symmetric InfoNCE over the batch (Radford et al. 2021); lr warms up and falls as a cosine."""
     generator = torch.Generator().manual_seed(seed)
-    ids = tokenizer(list(captions), padding="max_length", truncation=True, max_length=MAX_LENGTH, return_tensors="pt").input_ids
+    ids = tokenizer(
+        list(captions), padding="max_length", truncation=True, max_length=MAX_LENGTH, return_tensors="pt"
+    ).input_ids
     optimizer = torch.optim.AdamW(clip.parameters(), lr=lr, weight_decay=0.02, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=num_steps, pct_start=0.1)
     targets = torch.arange(batch_size)
@@ -65,6 +72,6 @@ def train_clip(
         schedule.step()
         hits.append((logits.argmax(1) == targets).float().mean().item())
         if step % 50 == 49:
-            print(f"clip step {step + 1}/{num_steps} loss {loss:.3f} R@1 {sum(hits[-50:]) / 50:.3f} {time.time() - started:.0f} s")
+            print(f"clip step {step + 1}/{num_steps}: loss {loss:.3f}, recall@1 {sum(hits[-50:]) / 50:.3f}")
     clip.eval()
     return {"train_recall_at_1": sum(hits[-50:]) / 50, "seconds": time.time() - started}

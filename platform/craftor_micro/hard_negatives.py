@@ -1,16 +1,16 @@
-"""Captions that are wrong in one attribute: what a contrastive model must tell from the true ones to be a sharp reward."""
+"""Captions that are wrong in one attribute: a sharp alignment reward tells them from the true ones."""
 
 import random
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from craftor_rewards.clip import ClipTowers
 from torch import Tensor
 
 from craftor_micro.captions import Description, describe, write
 from craftor_micro.pool import Pool
 from craftor_micro.world import BACKGROUNDS, COLOURS, POSITIONS, RELATIONS, SHAPES, SIZES, TEXTURES
+from craftor_rewards.clip import ClipTowers
 
 OBJECT_VALUES = {"shape": SHAPES, "colour": tuple(COLOURS), "size": SIZES}
 REPLACED = (*OBJECT_VALUES, "position", "background", "texture")

@@ -42,5 +42,3 @@ def captions(scenes: Scenes, seed: int, *, clean: bool) -> list[str]:
     """One caption per scene; unless `clean`, with the web's omissions and mistakes (`captions.corrupt`)."""
     rng = random.Random(seed)
     return [write(described if clean else corrupt(described, rng), rng) for described in describe(scenes)]
-
-

@@ -84,7 +84,9 @@ def spoil(scenes: Scenes, rows: Tensor, generator: torch.Generator) -> Scenes:
     changed = replace(changed, **columns)
     stayed = changed.held_out() == scenes.held_out()
     repaired = {
-        name: torch.where(stayed.view(-1, *[1] * (getattr(scenes, name).ndim - 1)), getattr(changed, name), getattr(scenes, name))
+        name: torch.where(
+            stayed.view(-1, *[1] * (getattr(scenes, name).ndim - 1)), getattr(changed, name), getattr(scenes, name)
+        )
         for name in ("shape", "colour", "background")
     }
     return replace(changed, **repaired)
@@ -92,7 +94,9 @@ def spoil(scenes: Scenes, rows: Tensor, generator: torch.Generator) -> Scenes:
 
 def render_scenes(scenes: Scenes, seed: int) -> Pool:
     chunks = torch.arange(len(scenes)).split(256)
-    images = [(render(scenes[rows], seed * 1_000_003 + i) * 255).round().to(torch.uint8) for i, rows in enumerate(chunks)]
+    images = [
+        (render(scenes[rows], seed * 1_000_003 + i) * 255).round().to(torch.uint8) for i, rows in enumerate(chunks)
+    ]
     return Pool(scenes, torch.cat(images))
 
 
@@ -128,7 +132,10 @@ def train_on_choices(
         schedule.step()
         if step % 100 == 99:
             right = ((scores[0] > scores[1]) == (choices.advantage[rows] > 0)).float().mean()
-            print(f"choices step {step + 1}/{num_steps} loss {loss:.3f} right {right:.3f} {time.time() - started:.0f} s", flush=True)
+            print(
+                f"choices step {step + 1}/{num_steps} loss {loss:.3f} right {right:.3f} {time.time() - started:.0f} s",
+                flush=True,
+            )
     clip.eval()
 
 

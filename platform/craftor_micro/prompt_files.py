@@ -11,7 +11,7 @@ TWO_OBJECTS = 0.25
 
 
 def write_prompts(folder: Path, *, num_train: int = 4000, num_held_out: int = 400, seed: int = 90) -> None:
-    """`train_prompts.txt`, one a line, and `held_out.jsonl` with `prompt` and the `description` the referee judges by."""
+    """`train_prompts.txt`, one a line, and `held_out.jsonl` with the `description` that the referee judges by."""
     folder.mkdir(parents=True, exist_ok=True)
     scenes = sample_scenes(num_train, seed, two_objects=TWO_OBJECTS)
     lines = captions(scenes, seed, clean=True)

@@ -6,14 +6,14 @@ cleaner). Nothing but the rating is told: which factors make it is for the head 
 
 import torch
 import torch.nn.functional as F
-from craftor_rewards.aesthetic import Head
-from craftor_rewards.clip import ClipTowers
 from jaxtyping import Float
 from torch import Tensor
 
 from craftor_micro.augment import augment
 from craftor_micro.pool import Pool
 from craftor_micro.world import Scenes
+from craftor_rewards.aesthetic import Head
+from craftor_rewards.clip import ClipTowers
 
 RATING_NOISE = 0.8
 """Standard deviation of one rating, of 10; true ratings have 1.7."""
@@ -63,7 +63,11 @@ def score_head(head: Head, features: Float[Tensor, "n d"], scenes: Scenes) -> di
         f"correlation_{name}": correlation(scores, scenes.quality[:, i])
         for i, name in enumerate(("vividness", "shading", "shadow"))
     }
-    return {"correlation": correlation(scores, truth), "mean_absolute_error": (scores - truth).abs().mean().item(), **factors}
+    return {
+        "correlation": correlation(scores, truth),
+        "mean_absolute_error": (scores - truth).abs().mean().item(),
+        **factors,
+    }
 
 
 def correlation(a: Float[Tensor, " n"], b: Float[Tensor, " n"]) -> float:

@@ -61,7 +61,7 @@ class Reading:
 
 
 class Referee(nn.Module):
-    """Convolutions down to 4x4 cells, kept apart (what is where matters), one hidden layer, one linear layer of heads."""
+    """Convolutions down to 4x4 cells, kept apart (what is where matters), a hidden layer, and a linear one of heads."""
 
     def __init__(self, widths: Sequence[int] = (32, 48, 64, 96, 96), hidden: int = 88) -> None:
         super().__init__()
@@ -133,7 +133,9 @@ class Referee(nn.Module):
 def compare(seen: Description, said: Description) -> dict[str, float]:
     """1, 0 or NaN (not mentioned) for each of `ATTRIBUTES`; `seen` is complete."""
     verdicts = [_compare_in_order(seen, order) for order in _orders(said)]
-    return max(verdicts, key=lambda v: (sum(v[k] == 1 for k in ("shape", "colour", "size")), v["matches"], v["position"] == 1))
+    return max(
+        verdicts, key=lambda v: (sum(v[k] == 1 for k in ("shape", "colour", "size")), v["matches"], v["position"] == 1)
+    )
 
 
 def canonical(description: Description) -> Description:
@@ -157,7 +159,9 @@ def _orders(said: Description) -> list[Description]:
 
 def _compare_in_order(seen: Description, said: Description) -> dict[str, float]:
     """Claimed object i against seen object i; a `None` claims nothing of the seen object in its place."""
-    pairs = [(seen.objects[i] if i < len(seen.objects) else None, o) for i, o in enumerate(said.objects) if o is not None]
+    pairs = [
+        (seen.objects[i] if i < len(seen.objects) else None, o) for i, o in enumerate(said.objects) if o is not None
+    ]
     count_right = len(seen.objects) == len(pairs)
     verdict = {"count": float(count_right)}
     matches = 0
@@ -181,7 +185,11 @@ def targets(scenes: Scenes) -> dict[str, Int[Tensor, " b"]]:
     columns = {"count": scenes.count - 1, "background": scenes.background, "texture": scenes.texture}
     for name in ("shape", "colour", "size"):
         columns[f"{name}0"], columns[f"{name}1"] = getattr(scenes, name).gather(1, order).unbind(1)
-    return {**columns, "position": torch.where(two, 0, scenes.layout), "relation": torch.where(two, scenes.layout // 2, 0)}
+    return {
+        **columns,
+        "position": torch.where(two, 0, scenes.layout),
+        "relation": torch.where(two, scenes.layout // 2, 0),
+    }
 
 
 def _description(best: dict[str, int]) -> Description:

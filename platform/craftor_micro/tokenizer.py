@@ -24,9 +24,7 @@ def build_tokenizer() -> CLIPTokenizer:
     symbols = sorted(set(learned) | set(letters) | {f"{c}</w>" for c in letters})
     vocab = {symbol: index for index, symbol in enumerate([*symbols, BOS, EOS])}
     merges = _merges(bpe)
-    tokenizer = CLIPTokenizer(
-        vocab=vocab, merges=merges, bos_token=BOS, eos_token=EOS, unk_token=EOS, pad_token=EOS
-    )
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, bos_token=BOS, eos_token=EOS, unk_token=EOS, pad_token=EOS)
     tokenizer.model_max_length = MAX_LENGTH
     return tokenizer
 

@@ -12,7 +12,7 @@ __all__ = ["REWARDS", "Aesthetic", "ClipScore", "PickScore", "Reward", "build"]
 
 
 def build(kind: str, weights: str | Path) -> Reward:
-    """A reward of `REWARDS` with its weights from a folder, or a repository in the local Hugging Face cache or online."""
+    """A reward of `REWARDS` with its weights from a folder or a Hugging Face repository."""
     if kind not in REWARDS:
         raise ValueError(f"unknown reward '{kind}'; available: {', '.join(REWARDS)}")
     return REWARDS[kind](weights)

@@ -68,7 +68,8 @@ class Aesthetic(nn.Module):
         self.head = Head(**settings)
         if settings["widths"][0] != self.towers.width:
             raise ValueError(
-                f"head in '{folder}' takes {settings['widths'][0]} features; its CLIP '{clip}' gives {self.towers.width}"
+                f"head in '{folder}' takes {settings['widths'][0]} features; "
+                f"its CLIP '{clip}' gives {self.towers.width}"
             )
         stored = load_file(folder / "head.safetensors")
         self.head.load_state_dict({name: tensor.to(torch.float32) for name, tensor in stored.items()})

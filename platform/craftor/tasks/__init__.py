@@ -1,5 +1,6 @@
 """Tasks: what one optimiser step computes. `fit` knows only this protocol."""
 
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -11,14 +12,16 @@ from craftor.stream import Rows
 class Task(Protocol):
     module: nn.Module
     """What trains; every other part is frozen."""
-    save_as: str
-    """Folder name of the trained module in the pipeline layout: `text_encoder` or `unet`."""
 
     def step(self, module: nn.Module, rows: Rows) -> dict[str, Tensor]:
         """Forward and backward for one slice of a batch, through `module` (perhaps wrapped for several workers).
 
         Leaves the gradient of the mean loss over the slice in the parameters; returns per-sample metrics, `loss` first.
         """
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write `module` into `folder` as the pipeline layout has it: `text_encoder/` or `unet/`."""
         ...
 
     def assert_frozen(self) -> None:

@@ -1,5 +1,7 @@
 """Image-caption pairs -> denoising loss for the UNet: how a base model is made."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
@@ -13,8 +15,6 @@ from craftor.stream import Rows
 class DenoisingTask:
     """Velocity or noise prediction with min-SNR weights and caption dropout, on latents prepared in advance."""
 
-    save_as = "unet"
-
     def __init__(self, recipe: Recipe) -> None:
         assert isinstance(recipe.task, Denoising)
         self.settings, self.seed = recipe.task, recipe.seed
@@ -23,6 +23,9 @@ class DenoisingTask:
         self.module: nn.Module = self.diffuser.unet.requires_grad_(True).train()
         with torch.no_grad():
             self.null = embed(self.diffuser.text_encoder, self.diffuser.tokenize([""]))
+
+    def save(self, folder: Path) -> None:
+        self.diffuser.unet.save_pretrained(folder / "unet", safe_serialization=True)
 
     def assert_frozen(self) -> None:
         assert_frozen(self.diffuser.text_encoder, "text_encoder")

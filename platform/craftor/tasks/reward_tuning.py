@@ -1,10 +1,11 @@
 """Prompts -> rewards -> gradient for the text encoder (TextCraftor, section 3.2.2 and algorithm 1)."""
 
 import copy
+from pathlib import Path
 
 import torch
-from craftor_rewards import build as build_reward
 from torch import Tensor, nn
+from transformers import CLIPTextModel
 
 from craftor import objective, seeds
 from craftor.decode import decode, saturated
@@ -14,12 +15,11 @@ from craftor.embed import embed
 from craftor.locate import locate
 from craftor.recipe import Recipe, RewardTuning
 from craftor.stream import Rows
+from craftor_rewards import build as build_reward
 
 
 class RewardTuningTask:
     """The original encoder conditions the prefix, the trained one the window; only the latter learns."""
-
-    save_as = "text_encoder"
 
     def __init__(self, recipe: Recipe) -> None:
         assert isinstance(recipe.task, RewardTuning)
@@ -34,8 +34,11 @@ class RewardTuningTask:
             if not reward.differentiable:
                 raise ValueError(f"task.rewards.{name}: not differentiable, so it cannot be backpropagated")
         # Dropout stays off: the trained encoder starts as an exact copy of the original.
-        self.module: nn.Module = copy.deepcopy(self.diffuser.text_encoder).requires_grad_(True)
+        self.module: CLIPTextModel = copy.deepcopy(self.diffuser.text_encoder).requires_grad_(True)
         self.null_ids = self.diffuser.tokenize([""])
+
+    def save(self, folder: Path) -> None:
+        self.module.save_pretrained(folder / "text_encoder", safe_serialization=True)
 
     def assert_frozen(self) -> None:
         for name in ("text_encoder", "unet", "vae"):

@@ -1,0 +1,151 @@
+"""Tiny random models with the real classes, saved in the real layout; one Ray cluster for all tests that need one."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_worker_niceness", "0")
+torch.set_num_threads(1)
+
+
+def save_tiny_pipeline(folder: Path) -> Path:
+    """A `StableDiffusionPipeline` of some 30,000 random weights: 32-pixel images, 8x8x4 latents, noise prediction."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from craftor_micro.tokenizer import build_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    StableDiffusionPipeline(
+        vae=AutoencoderKL(
+            block_out_channels=(8, 8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            layers_per_block=1,
+            norm_num_groups=4,
+            latent_channels=4,
+            sample_size=32,
+        ),
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=16,
+            attention_head_dim=2,
+            norm_num_groups=4,
+        ),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def save_tiny_clip(folder: Path, seed: int) -> Path:
+    """A random `CLIPModel` for 32-pixel images with its tokenizer."""
+    from transformers import CLIPConfig, CLIPModel
+
+    from craftor_micro.tokenizer import build_tokenizer
+
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer()
+    tower = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "projection_dim": 8,
+    }
+    text = {
+        **tower,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": tokenizer.model_max_length,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = CLIPConfig(text_config=text, vision_config={**tower, "image_size": 32, "patch_size": 8}, projection_dim=8)
+    CLIPModel(config).save_pretrained(folder, safe_serialization=True)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `pipeline/`, `clip/`, `pick/` and `prompts.txt`."""
+    root = tmp_path_factory.mktemp("tiny")
+    save_tiny_pipeline(root / "pipeline")
+    save_tiny_clip(root / "clip", seed=1)
+    save_tiny_clip(root / "pick", seed=2)
+    words = [
+        f"a {size} {colour} {shape}"
+        for size in ("small", "large")
+        for colour in ("red", "blue")
+        for shape in ("star", "ring")
+    ]
+    (root / "prompts.txt").write_text("\n".join([*words, words[0], ""]) + "\n")
+    return root
+
+
+@pytest.fixture
+def tiny_recipe(tiny: Path, tmp_path: Path) -> Path:
+    """A complete reward-tuning recipe on the tiny models: 4 denoising steps, the last 2 with gradient."""
+    path = tmp_path / "tiny.toml"
+    path.write_text(
+        f"""
+name = "tiny"
+seed = 7
+model = {{ path = "{tiny}/pipeline" }}
+data = {{ path = "{tiny}/prompts.txt" }}
+optimizer = {{ lr = 1e-3, warmup_steps = 2, cosine_from = 0.5 }}
+run = {{ num_steps = 4, batch_size = 4, checkpoint_every = 2 }}
+workers = {{ num = 1, threads = 1 }}
+register = {{ name = "tiny", aliases = ["candidate"] }}
+
+[task]
+kind = "reward_tuning"
+rollout = {{ num_steps = 4, guidance_scale = 3.0 }}
+window = {{ last = 2 }}
+[task.rewards]
+clip = {{ kind = "clip_score", weights = "{tiny}/clip", weight = 10.0 }}
+pick = {{ kind = "pick_score", weights = "{tiny}/pick", weight = 0.5 }}
+"""
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """One local Ray for the session; starting one takes some ten seconds."""
+    from craftor.cluster import ray_session
+
+    with ray_session(num_workers=4):
+        yield
