@@ -1,8 +1,8 @@
 """Checkpoints: Hugging Face layout plus `trainer/`, safetensors only, complete or not there at all.
 
 `checkpoints/step-000050/` holds the trained module's folder (`text_encoder/` or `unet/`), `trainer/` (weights,
-optimiser, `state.json`) and `manifest.json` with the sha256 of every other file. It is written under a temporary name and
-renamed, so a half-written checkpoint never has the name of a whole one.
+optimiser, `state.json`) and `manifest.json` with the sha256 of every other file. It is written under a
+temporary name and renamed, so a half-written checkpoint never has the name of a whole one.
 """
 
 import hashlib

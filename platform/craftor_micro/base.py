@@ -59,3 +59,16 @@ def assemble(autoencoder: Path, clip: Path, out: Path, seed: int) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(out, safe_serialization=True)
+
+
+def export(untrained: Path, run: Path, autoencoder: Path, out: Path) -> None:
+    """The pipeline with the UNet of a run's last checkpoint (its averaged weights), in half precision."""
+    checkpoint = sorted(path for path in (run / "checkpoints").glob("step-*") if (path / "manifest.json").exists())[-1]
+    StableDiffusionPipeline.from_pretrained(
+        untrained,
+        unet=UNet2DConditionModel.from_pretrained(checkpoint / "unet", dtype=torch.float16),
+        vae=AutoencoderTiny.from_pretrained(autoencoder, dtype=torch.float16),
+        safety_checker=None,
+        feature_extractor=None,
+        dtype=torch.float16,
+    ).save_pretrained(out, safe_serialization=True)

@@ -11,11 +11,15 @@ import torch
 import typer
 from transformers import CLIPModel
 
-from craftor_micro.autoencoder import build_autoencoder, psnr, train_decoder
+from craftor_micro.autoencoder import build_autoencoder, train_decoder
+from craftor_micro.base import assemble, export
+from craftor_micro.base_scores import score_autoencoder, score_base
 from craftor_micro.contrastive import build_clip, train_clip
 from craftor_micro.hard_negatives import hard_negative_accuracy
+from craftor_micro.pairs import write_pairs
 from craftor_micro.pool import captions, render_pool
 from craftor_micro.preferences import sample_choices, score_choices, train_on_choices
+from craftor_micro.prompt_files import write_prompts
 from craftor_micro.ratings import image_embeddings, rate, score_head, train_head
 from craftor_micro.referee import Referee
 from craftor_micro.referee_training import score_referee, train_referee
@@ -26,7 +30,7 @@ from craftor_rewards.clip import ClipTowers
 from craftor_rewards.clip_score import ClipScore
 from craftor_rewards.pick_score import PickScore
 
-WEIGHTS = Path("platform/craftor_micro/weights")
+WEIGHTS, PARTS = Path("platform/craftor_micro/weights"), Path("runs/micro")
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 Out = Annotated[Path, typer.Option(help="Folder to write: weights in half precision and scores.json.")]
 Steps = Annotated[int, typer.Option(min=1, help="Optimiser updates.")]
@@ -50,31 +54,29 @@ def make_referee(
 
 @app.command("autoencoder")
 def make_autoencoder(
-    out: Out = WEIGHTS / "autoencoder", steps: Steps = 1200, renders: Renders = 12_000, seed: Seed = 11
+    out: Out = PARTS / "autoencoder", steps: Steps = 1200, renders: Renders = 12_000, seed: Seed = 0
 ) -> None:
     """The base model's autoencoder: principal components, and a decoder trained to invert them."""
     started = _begin(seed)
-    pool = render_pool(renders, seed=seed)
+    pool = render_pool(renders, seed=seed + 11)
     autoencoder = build_autoencoder(pool)
-    train_decoder(autoencoder, pool, num_steps=steps, seed=seed + 1)
-    held_out = render_pool(256, seed=seed + 2, held_out=True)
-    scores = {"psnr_db": psnr(autoencoder, held_out, num=256)}
-    autoencoder.half().save_pretrained(out)
-    _finish(out, seed, started, scores)
+    train_decoder(autoencoder, pool, num_steps=steps, seed=seed)
+    autoencoder.save_pretrained(out)
+    _finish(out, seed, started, score_autoencoder(autoencoder.eval(), Referee.load(WEIGHTS / "referee")))
 
 
 @app.command("text-encoder")
 def make_text_encoder(
-    out: Out = WEIGHTS / "text_encoder", steps: Steps = 1000, renders: Renders = 60_000, seed: Seed = 21
+    out: Out = PARTS / "text_encoder", steps: Steps = 1000, renders: Renders = 60_000, seed: Seed = 1
 ) -> None:
     """The base model's own CLIP, trained on captions as careless as the web's."""
     started = _begin(seed)
-    tokenizer, pool = build_tokenizer(), render_pool(renders, seed=seed)
+    tokenizer, pool = build_tokenizer(), render_pool(renders, seed=seed + 20)
     clip = build_clip(tokenizer)
-    clip.set_attn_implementation("eager")
-    careless = captions(pool.scenes, seed + 1, clean=False)
-    scores = train_clip(clip, tokenizer, pool, careless, num_steps=steps, seed=seed + 2)
-    _save_clip(clip, out)
+    careless = captions(pool.scenes, seed + 21, clean=False)
+    scores = train_clip(clip, tokenizer, pool, careless, num_steps=steps, seed=seed - 1)
+    clip.save_pretrained(out)
+    tokenizer.save_pretrained(out)
     _finish(out, seed, started, {name: value for name, value in scores.items() if name != "seconds"})
 
 
@@ -90,13 +92,15 @@ def make_reward_clip(
     """The alignment reward: a CLIP of clean captions and hard negatives that also keeps quality."""
     started = _begin(seed)
     tokenizer, pool = build_tokenizer(), render_pool(renders, seed=seed, two_objects=0.35)
+    before = json.loads((start / "scores.json").read_text()) if start else None
     clip = ClipTowers(start).clip.requires_grad_(True) if start else build_clip(tokenizer, width=96, num_layers=3)
     teacher = Teacher(clip, pool, rate(pool.scenes, seed + 1))
     train_vision(clip, teacher, pool, num_steps=vision_steps, seed=seed + 2)
     train_contrast(clip, tokenizer, teacher, pool, num_steps=steps, seed=seed + 5)
     _save_clip(clip, out)
     held_out = render_pool(1000, seed + 3, held_out=True)
-    _finish(out, seed, started, hard_negative_accuracy(ClipScore(out).towers, held_out, seed + 4))
+    scores = hard_negative_accuracy(ClipScore(out).towers, held_out, seed + 4)
+    _finish(out, seed, started, scores, continued=before)
 
 
 @app.command("aesthetic")
@@ -149,6 +153,36 @@ def make_preference(
     _finish(out, seed, started, {**score_choices(first, second, held_out), **negatives})
 
 
+@app.command("assemble")
+def make_untrained(out: Out = PARTS / "untrained", seed: Seed = 0) -> None:
+    """The base model's pipeline with its UNet still random: what `recipes/micro_base.toml` starts from."""
+    assemble(PARTS / "autoencoder", PARTS / "text_encoder", out, seed)
+
+
+@app.command("pairs")
+def make_pairs(out: Out = PARTS / "pairs", num: int = 100_000, seed: Seed = 1) -> None:
+    """Captioned renders as latents in Parquet, by Ray Data: what the UNet learns from."""
+    write_pairs(PARTS / "untrained", out, num=num, seed=seed)
+
+
+@app.command("prompts")
+def make_prompts(out: Out = Path("platform/craftor_micro/prompts")) -> None:
+    """Training prompts and held-out prompts."""
+    write_prompts(out)
+
+
+@app.command("base")
+def make_base(
+    trained: Annotated[Path, typer.Option(help="Run folder of recipes/micro_base.toml.")] = Path("runs/micro-base"),
+    out: Out = WEIGHTS / "base",
+) -> None:
+    """The trained pipeline in half precision, with what the referee says of its images."""
+    export(PARTS / "untrained", trained, PARTS / "autoencoder", out)
+    scores = score_base(out, WEIGHTS / "referee", Path("platform/craftor_micro/prompts/held_out.jsonl"))
+    (out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+    print(json.dumps(scores, indent=2))
+
+
 def _save_clip(clip: CLIPModel, out: Path) -> None:
     """Half precision in Hugging Face layout, with its tokenizer."""
     clip.half().save_pretrained(out)
@@ -161,11 +195,15 @@ def _begin(seed: int) -> float:
     return time.time()
 
 
-def _finish(out: Path, seed: int, started: float, scores: dict[str, float]) -> None:
-    """Write `scores.json`: how the weights were made and how good they are."""
+def _finish(
+    out: Path, seed: int, started: float, scores: dict[str, float], *, continued: dict[str, object] | None = None
+) -> None:
+    """Write `scores.json`: how the weights were made (and those they continue), and how good they are."""
     rounded = {name: round(value, 4) for name, value in scores.items()}
     command = shlex.join(["python", "-m", "craftor_micro.build", *sys.argv[1:]])
     record = {"command": command, "seed": seed, "seconds": round(time.time() - started), "scores": rounded}
+    if continued is not None:
+        record["continued_from"] = continued
     (out / "scores.json").write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))
 

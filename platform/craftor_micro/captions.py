@@ -18,7 +18,22 @@ _POSITION_PHRASES = {
 }
 _SYNONYMS = {"large": ("large", "big"), "small": ("small", "little"), "gray": ("gray", "grey")}
 _PREFIXES = ("", "", "", "a picture of ", "an image of ", "there is ")
-TEMPLATE_WORDS = ["a", "an", "background", "backdrop", "image", "in", "is", "of", "on", "at", "picture", "the", "there", "with"]
+TEMPLATE_WORDS = (
+    "a",
+    "an",
+    "at",
+    "background",
+    "backdrop",
+    "image",
+    "in",
+    "is",
+    "of",
+    "on",
+    "picture",
+    "the",
+    "there",
+    "with",
+)
 
 
 @dataclass(frozen=True)

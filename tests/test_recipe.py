@@ -1,0 +1,141 @@
+"""Every shipped recipe loads; every mistake is one line naming file, key, value and what is allowed."""
+
+from pathlib import Path
+
+import pytest
+
+from craftor.preflight import FORMATS, REWARD_KINDS, check
+from craftor.prompts import FORMATS as READERS
+from craftor.recipe import Recipe, RecipeError, RewardTuning, Window, load, parse_override
+from craftor_rewards import REWARDS
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipe_loads_and_is_short(path: Path) -> None:
+    assert load(path).name
+    assert len(path.read_text().splitlines()) <= 50
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("run.num_stps", 3, "run.num_stps: unknown key; allowed here: batch_size, checkpoint_every, num_steps"),
+        ("task.window.lst", 3, "task.window.lst: unknown key; allowed here: last, recompute, start, stop"),
+        ("optimizer.lr", -1.0, "optimizer.lr: Input should be greater than 0 (got -1.0)"),
+        ("optimizer.lr", "fast", "optimizer.lr: Input should be a valid number (got 'fast')"),
+        ("run.batch_size", 3.5, "run.batch_size: Input should be a valid integer"),
+        ("workers.num", 3, "run.batch_size = 4 is not a multiple of workers.num = 3"),
+        ("task.window.last", 9, "denoising steps -5..3 do not fit in rollout.num_steps = 4; allowed: last <= 4"),
+        ("task.window.last", 0, "task.window.last: Input should be greater than or equal to 1 (got 0)"),
+        ("task.window", {"start": 3, "stop": 2}, "start = 3 is not before stop = 2"),
+        ("task.window", {"start": 3}, "give either last = K, or start = A and stop = B"),
+        (
+            "task.rewards.clip.weight",
+            -2.0,
+            "task.rewards.clip.weight: Input should be greater than or equal to 0 (got -2.0)",
+        ),
+        (
+            "task.rewards.pick.evaluation_only",
+            True,
+            "allowed: weight > 0 for a trained reward, or evaluation_only = true",
+        ),
+        ("task.rewards", {}, "no reward has a weight"),
+        ("register.aliases", ["Latest"], "'latest' is reserved by MLflow"),
+        ("name", "../x", "name: String should match pattern"),
+    ],
+)
+def test_mistakes_are_explained(tiny_recipe: Path, key: str, value: object, message: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        load(tiny_recipe, {key: value})
+    assert str(tiny_recipe) in str(error.value)
+    assert message in str(error.value)
+
+
+def test_training_without_the_clip_term_is_refused(tiny_recipe: Path) -> None:
+    text = tiny_recipe.read_text()
+    tiny_recipe.write_text("\n".join(line for line in text.splitlines() if not line.startswith("clip =")))
+    with pytest.raises(RecipeError, match=r"no clip_score among the trained rewards \(pick\)"):
+        load(tiny_recipe)
+
+
+def test_a_missing_or_broken_file_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"none\.toml: no such recipe"):
+        load(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("name = ")
+    with pytest.raises(RecipeError, match=r"bad\.toml: not valid TOML"):
+        load(tmp_path / "bad.toml")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            "task.rewards.pick.kind",
+            "pikscore",
+            "unknown reward 'pikscore'; available: aesthetic, clip_score, pick_score",
+        ),
+        (
+            "task.rewards.pick.weights",
+            "micro:nothing",
+            "micro:nothing: not shipped with craftor_micro; available: micro:",
+        ),
+        ("model.path", "runs/nowhere", "model.path = 'runs/nowhere': no such folder"),
+        ("data.path", "nowhere.txt", "data.path = 'nowhere.txt': no such file"),
+        ("data.path", "prompts.pdf", "unknown format; allowed: .csv, .jsonl, .parquet, .tsv, .txt"),
+    ],
+)
+def test_preflight_names_what_is_missing(tiny_recipe: Path, key: str, value: str, message: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        check(load(tiny_recipe, {key: value}), tiny_recipe)
+    assert str(tiny_recipe) in str(error.value)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", b"\n\n", "holds no prompt"),
+        ("header.csv", b"prompt,seed\n", "holds no prompt"),
+        ("other.csv", b"text,seed\na dog,1\n", "data.column = 'prompt': not in "),
+        ("latin.txt", "ein grüner Kreis\n".encode("latin-1"), "not UTF-8 at byte 6 (0xfc)"),
+        ("broken.jsonl", b'{"prompt": \n', "line 1 is not JSON"),
+    ],
+)
+def test_preflight_reads_the_head_of_the_prompt_file(
+    tiny_recipe: Path, tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(RecipeError) as error:
+        check(load(tiny_recipe, {"data.path": str(tmp_path / name)}), tiny_recipe)
+    assert message in str(error.value)
+
+
+def test_a_folder_that_is_no_pipeline_is_refused(tiny_recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"a folder but not a pipeline \(no model_index\.json"):
+        check(load(tiny_recipe, {"model.path": str(tmp_path)}), tiny_recipe)
+
+
+def test_what_preflight_writes_out_is_what_there_is() -> None:
+    assert set(REWARD_KINDS) == set(REWARDS)
+    assert set(FORMATS) == set(READERS)
+
+
+def test_window_forms() -> None:
+    assert Window(last=5).steps(20) == range(15, 20)
+    assert Window(start=3, stop=9).steps(20) == range(3, 9)
+
+
+def test_overrides_are_read_as_toml() -> None:
+    assert parse_override("optimizer.lr=1e-4") == ("optimizer.lr", 1e-4)
+    assert parse_override("data.path=a.txt") == ("data.path", "a.txt")
+    assert parse_override("register.aliases=['a']") == ("register.aliases", ["a"])
+    with pytest.raises(RecipeError, match=r"expected key\.path=value"):
+        parse_override("lr")
+
+
+def test_recipe_round_trips_through_its_dump(tiny_recipe: Path) -> None:
+    recipe = load(tiny_recipe)
+    assert Recipe.model_validate(recipe.model_dump(by_alias=True)) == recipe
+    assert isinstance(recipe.task, RewardTuning)
