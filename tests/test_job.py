@@ -1,18 +1,27 @@
 """Whole runs on tiny models with real Ray and MLflow: worker counts, kills, resumes, refusals, registration."""
 
+import contextlib
 import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import mlflow
+import psutil
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from safetensors.torch import load_file
-from transformers import CLIPTextModel
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from craftor import checkpoint, job, registry, tracking
-from craftor.fit import METRICS
-from craftor.recipe import load
+from craftor.fit import METRICS, TrainingStopped
+from craftor.recipe import RecipeError, load
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 
@@ -70,8 +79,6 @@ def test_run_leaves_metrics_checkpoints_and_a_registered_encoder(
 
 
 def test_a_changed_bundle_is_refused(uninterrupted: Path, tmp_path: Path) -> None:
-    import shutil
-
     bundle = tmp_path / "bundle"
     shutil.copytree(uninterrupted / "bundle", bundle)
     registry.verify_bundle(bundle)
@@ -92,3 +99,101 @@ def test_any_number_of_workers_gives_the_same_losses(
     for ours, alone in zip(lines(out), lines(uninterrupted), strict=True):
         for name in ("loss", "total", "clip", "pick", "grad_norm"):
             assert ours[name] == pytest.approx(alone[name], rel=1e-5, abs=1e-5), (ours["step"], name)
+
+
+def test_an_interrupted_run_ends_with_the_same_bits(uninterrupted: Path, runs: Path, tiny_recipe: Path) -> None:
+    """Driver, Ray and workers are all killed after the first checkpoint; the rest of the run is made afterwards."""
+    out = runs / "killed"
+    program = (
+        "import sys; from pathlib import Path; from craftor import job, recipe; path = Path(sys.argv[1]);"
+        "job.train(recipe.load(path, {'run.num_steps': 5000, 'optimizer.cosine_from': 1.0}), path, Path(sys.argv[2]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tiny_recipe), str(out)],
+        start_new_session=True,
+        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+    )
+    wait_for(lambda: (out / "checkpoints" / "step-000002").exists(), process)
+    kill_tree(process)
+
+    # Only the length of the run differed, to be sure of killing it; steps 1 and 2 have a constant learning rate.
+    for later in (out / "checkpoints").iterdir():
+        if later.name != "step-000002":
+            shutil.rmtree(later)
+    (out / "recipe.toml").write_text((uninterrupted / "recipe.toml").read_text())
+    job.resume(out)
+    ours, expected = weights(out), weights(uninterrupted)
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    assert [r["loss"] for r in lines(out)] == [r["loss"] for r in lines(uninterrupted)]
+
+
+def test_a_killed_worker_is_replaced_and_nothing_changes(uninterrupted: Path, runs: Path, tiny_recipe: Path) -> None:
+    """`kill -9` of a training worker in mid-run: Ray Train restarts it from the last checkpoint, in the same run."""
+    out = runs / "worker-killed"
+    killed = []
+
+    def kill_once() -> None:
+        while not killed:
+            if (out / "checkpoints" / "step-000002").exists():
+                for process in psutil.process_iter(["name", "cmdline"]):
+                    if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
+                        process.kill()
+                        killed.append(process.pid)
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=kill_once, daemon=True)
+    thread.start()
+    run(tiny_recipe, out, run__checkpoint_every=1, run__num_steps=40, optimizer__cosine_from=1.0)
+    thread.join(timeout=5)
+    assert killed
+    undisturbed = runs / "forty"
+    run(tiny_recipe, undisturbed, run__checkpoint_every=40, run__num_steps=40, optimizer__cosine_from=1.0)
+    ours, expected = weights(out), weights(undisturbed)
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    assert [r["loss"] for r in lines(out)] == [r["loss"] for r in lines(undisturbed)]
+
+
+def test_a_reward_that_is_not_finite_stops_the_run(runs: Path, tiny: Path, tiny_recipe: Path, tmp_path: Path) -> None:
+    """The CLIP's token embedding of one word is NaN: the sample whose prompt has it is named."""
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny / "clip", broken)
+    tensors = load_file(broken / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("token_embedding.weight"))
+    tokenizer = CLIPTokenizer.from_pretrained(broken)
+    tensors[name][tokenizer("ring").input_ids[1]] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    out = runs / "nan"
+    with pytest.raises(TrainingStopped, match=r"clip is nan for sample \d+ \(seed 7\), prompt 'a .* ring'"):
+        run(tiny_recipe, out, task__rewards__clip__weights=str(broken))
+    assert not (out / "checkpoints").exists() or checkpoint.latest(out) is None
+
+
+def test_the_folder_of_another_run_is_refused(uninterrupted: Path, tiny_recipe: Path) -> None:
+    with pytest.raises(RecipeError, match=r"holds another run; choose a new one with --out, or .* --resume"):
+        run(tiny_recipe, uninterrupted)
+
+
+def test_rows_that_changed_since_are_refused(uninterrupted: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(uninterrupted, copy)
+    state = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps({**state, "digest": "0" * 64}))
+    with pytest.raises(RecipeError, match="put the original rows back"):
+        job.resume(copy)
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 240) -> None:
+    started = time.monotonic()
+    while not condition():
+        assert process.poll() is None, f"the run ended by itself with {process.returncode}"
+        assert time.monotonic() - started < seconds, "waited too long"
+        time.sleep(0.05)
+
+
+def kill_tree(process: subprocess.Popen) -> None:
+    """SIGKILL to the driver and everything it started; Ray's daemons may have sessions of their own."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()

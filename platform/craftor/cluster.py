@@ -17,7 +17,11 @@ def ray_session(num_workers: int) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")
     import ray
+    import ray.data
 
+    from craftor.quiet import hush
+
+    hush()
     started_here = not ray.is_initialized()
     if started_here:
         local = "RAY_ADDRESS" not in os.environ

@@ -13,6 +13,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from craftor.denoise import Guided
 from craftor.locate import locate
+from craftor.quiet import hush
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,16 @@ class Diffuser:
 
 def load(path: str) -> Diffuser:
     """Read a pipeline folder or hub id. Raises ValueError where it is neither."""
+    hush()
     folder = locate(path)
     try:
         pipeline = StableDiffusionPipeline.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, safety_checker=None, feature_extractor=None
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            low_cpu_mem_usage=False,
+            safety_checker=None,
+            feature_extractor=None,
         )
     except OSError as error:
         raise ValueError(

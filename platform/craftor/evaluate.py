@@ -71,7 +71,7 @@ def evaluate(recipe: Recipe, tuned: Sequence[Tuned], out: Path, num_actors: int)
     scored = rows.map_batches(
         Scorer,
         fn_constructor_args=(recipe.model_dump(by_alias=True), [asdict(t) for t in tuned]),
-        concurrency=num_actors,
+        compute=ray.data.ActorPoolStrategy(size=num_actors),
         batch_size=BATCH,
         batch_format="numpy",
     )

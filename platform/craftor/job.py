@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tomli_w
-from transformers import CLIPTokenizer
 
 from craftor import checkpoint, preflight, prompts, registry, tracking
 from craftor.cluster import ray_session
 from craftor.console import follow
 from craftor.diffuser import load as load_diffuser
 from craftor.fit import METRICS, TrainingStopped, fit, write_json
-from craftor.locate import absolute, locate
+from craftor.locate import absolute
 from craftor.prompts import Prepared
 from craftor.recipe import Recipe, RecipeError, RewardTuning
 from craftor.recipe import load as load_recipe
@@ -125,8 +124,9 @@ def _prepare(recipe: Recipe, run_dir: Path) -> Prepared:
     """Prompts are read into the run's folder; image-caption pairs are prepared Parquet already."""
     if not isinstance(recipe.task, RewardTuning):
         return prompts.describe(Path(recipe.data.path))
-    tokenizer = CLIPTokenizer.from_pretrained(f"{locate(recipe.model.path)}/tokenizer")
-    return prompts.prepare(recipe.data, tokenizer, run_dir / "rows")
+    # Saved first, because a hub id has no folder of its own for the tokenizing actor to read.
+    load_diffuser(recipe.model.path).tokenizer.save_pretrained(run_dir / "tokenizer")
+    return prompts.prepare(recipe.data, (run_dir / "tokenizer").resolve(), run_dir / "rows")
 
 
 def _prepared_earlier(recipe: Recipe, run_dir: Path, digest: str) -> Prepared:

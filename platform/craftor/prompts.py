@@ -38,15 +38,16 @@ class Prepared:
     """sha256 over the prompts in order."""
 
 
-def prepare(data: Data, tokenizer: CLIPTokenizer, out: Path) -> Prepared:
-    """Write `index, prompt, input_ids` rows to `out`. Raises ValueError where no prompt is left."""
+def prepare(data: Data, tokenizer: str | Path, out: Path) -> Prepared:
+    """Write `index, prompt, input_ids` rows to `out`; `tokenizer` is a folder. Raises ValueError if none is left."""
     source = locate(data.path)
     filesystem, path = fsspec.core.url_to_fs(source)
     local = filesystem.protocol in ("file", ("file", "local"))
     rows = FORMATS[suffix(source)](path, **({} if local else {"filesystem": filesystem}))
     column = "prompt" if suffix(source) == ".txt" else data.column
-    rows = rows.map_batches(Number, fn_constructor_args=(data, column), concurrency=1, batch_size=4096, num_cpus=0.1)
-    rows = rows.map_batches(Tokenize, fn_constructor_args=(tokenizer,), concurrency=1, batch_size=4096, num_cpus=0.1)
+    light = {"compute": ray.data.ActorPoolStrategy(size=1), "batch_size": 4096, "num_cpus": 0.1}
+    rows = rows.map_batches(Number, fn_constructor_args=(data, column), **light)
+    rows = rows.map_batches(Tokenize, fn_constructor_args=(str(tokenizer),), **light)
     shutil.rmtree(out, ignore_errors=True)
     rows.write_parquet(str(out))
     prepared = describe(out)
@@ -105,8 +106,8 @@ class Number:
 class Tokenize:
     """Add `input_ids`, padded or cut to the tokenizer's length."""
 
-    def __init__(self, tokenizer: CLIPTokenizer) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: str) -> None:
+        self.tokenizer = CLIPTokenizer.from_pretrained(tokenizer)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         length = self.tokenizer.model_max_length

@@ -120,6 +120,9 @@ class Denoising(Section):
     caption_dropout: float = Field(0.1, ge=0, lt=1)
     min_snr_gamma: float = Field(5.0, gt=0)
     """Loss weight min(SNR, gamma), as Hang et al. 2023."""
+    min_weight: float = Field(0.0, ge=0, le=1)
+    """Floor of the weight on the error of v or of the noise. Without one, nearly pure noise counts for nothing, and
+    that is where a sampler that starts from pure noise decides the layout."""
 
 
 class Optimizer(Section):

@@ -26,7 +26,7 @@ def score_autoencoder(autoencoder: AutoencoderTiny, referee: Referee, num: int =
 
 
 def score_base(pipeline: Path, referee: Path, held_out: Path) -> dict[str, object]:
-    """Per attribute, over held-out prompts with one object and with two; images by a plain `StableDiffusionPipeline`."""
+    """Per attribute, over held-out prompts with one object and with two; images by stock diffusers."""
     pipe = StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     rows = [json.loads(line) for line in held_out.read_text().splitlines()]

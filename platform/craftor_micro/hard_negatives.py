@@ -29,7 +29,8 @@ def replace_attribute(description: Description, attribute: str, rng: random.Rand
         layouts = RELATIONS if len(description.objects) == 2 else POSITIONS
         return replace(description, layout=_other(layouts, description.layout, rng))
     values = {"background": tuple(BACKGROUNDS), "texture": TEXTURES}[attribute]
-    return replace(description, **{attribute: _other(values, getattr(description, attribute), rng)})
+    value = _other(values, getattr(description, attribute), rng)
+    return replace(description, background=value) if attribute == "background" else replace(description, texture=value)
 
 
 def caption_with_negatives(description: Description, attributes: Sequence[str], rng: random.Random) -> list[str]:

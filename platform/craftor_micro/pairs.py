@@ -55,6 +55,8 @@ def write_pairs(pipeline: Path, out: Path, *, num: int, seed: int, num_workers: 
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     rows = ray.data.range(num // CHUNK, override_num_blocks=max(1, num // CHUNK // 20)).flat_map(
-        EncodeChunk, fn_constructor_args=(str(pipeline.resolve()), seed), concurrency=num_workers
+        EncodeChunk,
+        fn_constructor_args=(str(pipeline.resolve()), seed),
+        compute=ray.data.ActorPoolStrategy(size=num_workers),
     )
     rows.write_parquet(str(out))

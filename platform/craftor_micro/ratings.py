@@ -7,7 +7,7 @@ cleaner). Nothing but the rating is told: which factors make it is for the head 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from craftor_micro.augment import augment
 from craftor_micro.pool import Pool
@@ -42,8 +42,10 @@ def train_head(
     generator = torch.Generator().manual_seed(seed)
     head = Head([features.shape[1], hidden, 1], "gelu")
     with torch.no_grad():
-        head.layers[0].weight.mul_(4)  # unit vectors have small entries: let the first layer see them
-        head.layers[-1].bias.fill_(ratings.mean())
+        first, last = head.layers[0], head.layers[-1]
+        assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
+        first.weight.mul_(4)  # unit vectors have small entries: let the first layer see them
+        last.bias.fill_(ratings.mean())
     optimizer = torch.optim.AdamW(head.parameters(), lr=4e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=num_steps)
     for _ in range(num_steps):

@@ -132,7 +132,7 @@ class Referee(nn.Module):
 
 def compare(seen: Description, said: Description) -> dict[str, float]:
     """1, 0 or NaN (not mentioned) for each of `ATTRIBUTES`; `seen` is complete."""
-    verdicts = [_compare_in_order(seen, order) for order in _orders(said)]
+    verdicts = [_compare_in_order(seen, said, *order) for order in _orders(said)]
     return max(
         verdicts, key=lambda v: (sum(v[k] == 1 for k in ("shape", "colour", "size")), v["matches"], v["position"] == 1)
     )
@@ -147,31 +147,32 @@ def canonical(description: Description) -> Description:
     )
 
 
-def _orders(said: Description) -> list[Description]:
-    """The description with its objects in either order, the relation turned with them."""
+Claims = tuple[ObjectClaim | None, ...]
+
+
+def _orders(said: Description) -> list[tuple[Claims, str | None]]:
+    """The claimed objects in either order, the relation turned with them."""
     if len(said.objects) == 1:
         # The one claimed object may be either of two that are seen.
-        return [said, Description((None, *said.objects), said.layout, said.background, said.texture)]
+        return [(said.objects, said.layout), ((None, *said.objects), said.layout)]
     first = canonical(said)
     inverse = {"above": "below", "left of": "right of", None: None}[first.layout]
-    return [first, Description(first.objects[::-1], inverse, first.background, first.texture)]
+    return [(first.objects, first.layout), (first.objects[::-1], inverse)]
 
 
-def _compare_in_order(seen: Description, said: Description) -> dict[str, float]:
+def _compare_in_order(seen: Description, said: Description, claims: Claims, layout: str | None) -> dict[str, float]:
     """Claimed object i against seen object i; a `None` claims nothing of the seen object in its place."""
-    pairs = [
-        (seen.objects[i] if i < len(seen.objects) else None, o) for i, o in enumerate(said.objects) if o is not None
-    ]
+    pairs = [(seen.objects[i] if i < len(seen.objects) else None, o) for i, o in enumerate(claims) if o is not None]
     count_right = len(seen.objects) == len(pairs)
     verdict = {"count": float(count_right)}
     matches = 0
     for name in ("shape", "colour", "size"):
-        claims = [(have, getattr(o, name)) for have, o in pairs if getattr(o, name) is not None]
-        right = [have is not None and getattr(have, name) == value for have, value in claims]
+        said_of_each = [(have, getattr(o, name)) for have, o in pairs if getattr(o, name) is not None]
+        right = [have is not None and getattr(have, name) == value for have, value in said_of_each]
         matches += sum(right)
         verdict[name] = float(all(right)) if right else math.nan
     verdict["matches"] = matches
-    verdict["position"] = math.nan if said.layout is None else float(count_right and seen.layout == said.layout)
+    verdict["position"] = math.nan if layout is None else float(count_right and seen.layout == layout)
     verdict["background"] = math.nan if said.background is None else float(seen.background == said.background)
     verdict["texture"] = math.nan if said.texture is None else float(seen.texture == said.texture)
     return verdict

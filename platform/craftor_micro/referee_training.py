@@ -21,7 +21,7 @@ def train_referee(
     """Cross-entropy of every head that applies plus squared error of the quality factors; one-cycle learning rate."""
     generator = torch.Generator().manual_seed(seed)
     labels = targets(pool.scenes)
-    referee.train().to(memory_format=torch.channels_last)
+    referee.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
     optimizer = torch.optim.AdamW(referee.parameters(), lr=lr, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=num_steps, pct_start=0.15)
     started = time.time()

@@ -1,5 +1,6 @@
 """A `CLIPTokenizer` whose byte-pair merges make every word of the micro world one token."""
 
+import json
 import string
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -30,6 +31,6 @@ def build_tokenizer() -> CLIPTokenizer:
 
 
 def _merges(bpe: Tokenizer) -> list[tuple[str, str]]:
-    import json
-
-    return [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    """Shorter results first, then by alphabet: the trainer orders equally frequent merges differently every time."""
+    learned = [(left, right) for left, right in json.loads(bpe.to_str())["model"]["merges"]]
+    return sorted(learned, key=lambda pair: (len("".join(pair)), pair))

@@ -1,5 +1,6 @@
 """Rewards by name. `build("clip_score", folder)` gives a frozen, differentiable `Reward`."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from craftor_rewards.aesthetic import Aesthetic
@@ -7,7 +8,11 @@ from craftor_rewards.clip_score import ClipScore
 from craftor_rewards.pick_score import PickScore
 from craftor_rewards.protocol import Reward
 
-REWARDS = {"clip_score": ClipScore, "aesthetic": Aesthetic, "pick_score": PickScore}
+REWARDS: dict[str, Callable[[str | Path], Reward]] = {
+    "clip_score": ClipScore,
+    "aesthetic": Aesthetic,
+    "pick_score": PickScore,
+}
 __all__ = ["REWARDS", "Aesthetic", "ClipScore", "PickScore", "Reward", "build"]
 
 

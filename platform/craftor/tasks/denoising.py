@@ -55,4 +55,5 @@ class DenoisingTask:
         """min(SNR, gamma) on the error of x0, restated for the error of v (over SNR + 1) or of the noise (over SNR)."""
         alpha = self.diffuser.scheduler.alphas_cumprod[timesteps]
         snr = alpha / (1 - alpha)
-        return snr.clamp(max=self.settings.min_snr_gamma) / (snr + 1 if velocity else snr.clamp(min=1e-8))
+        weight = snr.clamp(max=self.settings.min_snr_gamma) / (snr + 1 if velocity else snr.clamp(min=1e-8))
+        return weight.clamp(min=self.settings.min_weight)

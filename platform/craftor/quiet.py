@@ -1,0 +1,20 @@
+"""Keep other libraries' logs and bars off the terminal: what a run has to say is one line of ours."""
+
+import logging
+import warnings
+
+
+def hush() -> None:
+    """Errors only from diffusers, transformers, Ray Data, Ray Train and MLflow; their progress bars off."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    for name in ("ray", "ray.data", "ray.train", "mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # Ray and MLflow warn of their own coming changes on every import.
+    for module in ("ray", "mlflow", "diffusers", "transformers"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=module)

@@ -1,0 +1,62 @@
+"""Every format is read; what is kept, in which order and under which number does not depend on how it was stored."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+
+from craftor.prompts import describe, prepare, suffix
+from craftor.recipe import Data
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
+
+PROMPTS = ["a red star", "  a blue ring ", "", "a red star", "x", 'a large, red "cross"', "ein grüner Kreis"]
+KEPT = ["a red star", "a blue ring", 'a large, red "cross"', "ein grüner Kreis"]
+
+
+def write(path: Path) -> Path:
+    table = pa.table({"prompt": PROMPTS, "seed": list(range(len(PROMPTS)))})
+    match path.suffix:
+        case ".parquet":
+            pq.write_table(table, path)
+        case ".csv":
+            pyarrow.csv.write_csv(table, path)
+        case ".tsv":
+            pyarrow.csv.write_csv(table, path, pyarrow.csv.WriteOptions(delimiter="\t"))
+        case ".jsonl":
+            path.write_text("\n".join(json.dumps(row) for row in table.to_pylist()) + "\n")
+        case _:
+            path.write_text("\n".join(PROMPTS) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["txt", "csv", "tsv", "jsonl", "parquet"])
+def test_formats_give_the_same_rows(tiny: Path, tmp_path: Path, kind: str) -> None:
+    data = Data(path=str(write(tmp_path / f"prompts.{kind}")), min_chars=2)
+    prepared = prepare(data, tiny / "pipeline" / "tokenizer", tmp_path / "rows")
+    rows = pq.read_table(sorted(prepared.folder.glob("*.parquet"))).to_pydict()
+    assert rows["prompt"] == KEPT
+    assert rows["index"] == list(range(len(KEPT)))
+    assert all(len(ids) == 24 for ids in rows["input_ids"])
+    assert prepared == describe(tmp_path / "rows")
+
+
+def test_a_url_is_read_and_rows_can_be_limited(tiny: Path, tmp_path: Path) -> None:
+    write(tmp_path / "prompts.csv")
+    data = Data(path=f"file://{tmp_path}/prompts.csv", max_rows=2, deduplicate=False)
+    prepared = prepare(data, tiny / "pipeline" / "tokenizer", tmp_path / "rows")
+    assert prepared.num_rows == 2
+
+
+def test_nothing_left_is_an_error(tiny: Path, tmp_path: Path) -> None:
+    data = Data(path=str(write(tmp_path / "prompts.txt")), min_chars=500)
+    with pytest.raises(ValueError, match="no prompt left after filtering"):
+        prepare(data, tiny / "pipeline" / "tokenizer", tmp_path / "rows")
+
+
+def test_unknown_formats_are_listed() -> None:
+    with pytest.raises(ValueError, match=r"unknown format \.pdf; allowed: \.parquet, \.csv"):
+        suffix("a.pdf")
