@@ -31,6 +31,5 @@ def build_tokenizer() -> CLIPTokenizer:
 
 
 def _merges(bpe: Tokenizer) -> list[tuple[str, str]]:
-    """Shorter results first, then by alphabet: the trainer orders equally frequent merges differently every time."""
-    learned = [(left, right) for left, right in json.loads(bpe.to_str())["model"]["merges"]]
-    return sorted(learned, key=lambda pair: (len("".join(pair)), pair))
+    """In the trainer's order, which differs between processes for equally frequent pairs; token ids do not."""
+    return [(left, right) for left, right in json.loads(bpe.to_str())["model"]["merges"]]
