@@ -20,6 +20,8 @@ class Guided:
     unet: UNet2DConditionModel
     scheduler: DDIMScheduler
     guidance_scale: float
+    bf16: bool = False
+    """Run the UNet's arithmetic in bfloat16; latents and schedule stay in float32."""
 
     @property
     def num_steps(self) -> int:
@@ -35,12 +37,16 @@ class Guided:
         """Denoising step `index` (0 is the noisiest) under guidance w: `eps = eps_null + w * (eps - eps_null)`."""
         timestep = self.scheduler.timesteps[index]
         if self.guidance_scale == 1:
-            guided = self.unet(latents, timestep, embeds).sample
+            guided = self._predict(latents, timestep, embeds)
         else:
             both = torch.cat([null.expand_as(embeds), embeds])
-            unconditional, conditional = self.unet(torch.cat([latents, latents]), timestep, both).sample.chunk(2)
+            unconditional, conditional = self._predict(torch.cat([latents, latents]), timestep, both).chunk(2)
             guided = unconditional + self.guidance_scale * (conditional - unconditional)
         return self.scheduler.step(guided, timestep, latents).prev_sample
+
+    def _predict(self, latents: Tensor, timestep: Tensor, embeds: Tensor) -> Tensor:
+        with torch.autocast(latents.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.unet(latents, timestep, embeds).sample.to(latents.dtype)
 
 
 @torch.no_grad()

@@ -26,11 +26,11 @@ class Diffuser:
     vae: AutoencoderKL | AutoencoderTiny
     scheduler: DDIMScheduler
 
-    def guided(self, num_steps: int, guidance_scale: float) -> Guided:
+    def guided(self, num_steps: int, guidance_scale: float, *, bf16: bool = False) -> Guided:
         """The denoiser on a `trailing` grid: of 1000 timesteps, 25 steps are 999, 959, ..., 39."""
         scheduler = copy.deepcopy(self.scheduler)
         scheduler.set_timesteps(num_steps)
-        return Guided(self.unet, scheduler, guidance_scale)
+        return Guided(self.unet, scheduler, guidance_scale, bf16)
 
     @cached_property
     def latent_shape(self) -> tuple[int, int, int]:

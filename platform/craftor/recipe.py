@@ -1,10 +1,12 @@
-"""Recipes: one TOML file -> one frozen, fully validated `Recipe`. Imports no torch and nothing of ours."""
+"""Recipes: one TOML file -> one frozen, fully validated `Recipe`. Imports no torch."""
 
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from craftor.explain import explain
 
 
 class RecipeError(ValueError):
@@ -19,7 +21,7 @@ class Model(Section):
     path: str
     """A `StableDiffusionPipeline` folder or hub id; `micro:NAME` is a folder shipped with `craftor_micro`."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the frozen parts; what trains keeps fp32 master weights."""
+    """Arithmetic of the UNet; what trains keeps fp32 master weights. Evaluation is always fp32."""
 
 
 class Data(Section):
@@ -206,7 +208,7 @@ def load(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise RecipeError("\n".join(f"{path}: {_explain(e, data)}" for e in error.errors())) from None
+        raise RecipeError("\n".join(f"{path}: {explain(e, Recipe)}" for e in error.errors())) from None
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -227,37 +229,3 @@ def _set(data: dict[str, Any], dotted: str, value: Any, path: Path) -> None:
         if not isinstance(data, dict):
             raise RecipeError(f"{path}: --set {dotted}: {parent} is a value, not a section")
     data[last] = value
-
-
-def _explain(error: Any, data: dict[str, Any]) -> str:
-    """One line for one pydantic error: dotted key, message, the value given, and near or allowed keys."""
-    # The discriminator of a union shows up in the location; a reader of the file never wrote it.
-    location = [str(part) for part in error["loc"] if part not in ("reward_tuning", "denoising")]
-    key = ".".join(location) or "recipe"
-    if error["type"] == "extra_forbidden":
-        allowed = ", ".join(_allowed_keys(location[:-1]))
-        return f"{key}: unknown key; allowed here: {allowed}"
-    message = error["msg"].removeprefix("Value error, ")
-    value = error["input"]
-    shown = "" if isinstance(value, dict | BaseModel) else f" (got {value!r})"
-    return f"{key}: {message}{shown}"
-
-
-def _allowed_keys(location: list[str]) -> list[str]:
-    sections: list[type[BaseModel]] = [Recipe]
-    for part in location:
-        sections = [s for section in sections for s in _subsections(section, part)] or sections
-    return sorted({info.alias or name for section in sections for name, info in section.model_fields.items()})
-
-
-def _subsections(section: type[BaseModel], key: str) -> list[type[BaseModel]]:
-    for name, info in section.model_fields.items():
-        if key in (name, info.alias):
-            return _models_in(info.annotation)
-    return []
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for argument in getattr(annotation, "__args__", ()) for model in _models_in(argument)]

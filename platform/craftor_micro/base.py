@@ -40,8 +40,8 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def assemble(autoencoder: Path, clip: Path, out: Path, seed: int) -> None:
-    """Save a `StableDiffusionPipeline` whose text encoder is the CLIP's text tower."""
+def assemble(autoencoder: Path, clip: Path, out: Path, seed: int, run: Path | None = None) -> None:
+    """Save a `StableDiffusionPipeline` whose text encoder is the CLIP's text tower; the UNet is random, or a run's."""
     torch.manual_seed(seed)
     tower = CLIPModel.from_pretrained(clip, dtype=torch.float32)
     text_encoder = CLIPTextModel(tower.config.text_config)
@@ -53,7 +53,7 @@ def assemble(autoencoder: Path, clip: Path, out: Path, seed: int) -> None:
         vae=AutoencoderTiny.from_pretrained(autoencoder, dtype=torch.float32),
         text_encoder=text_encoder,
         tokenizer=CLIPTokenizer.from_pretrained(clip),
-        unet=build_unet(tower.config.text_config.hidden_size),
+        unet=trained_unet(run) if run else build_unet(tower.config.text_config.hidden_size),
         scheduler=build_scheduler(),
         safety_checker=None,
         feature_extractor=None,
@@ -61,14 +61,19 @@ def assemble(autoencoder: Path, clip: Path, out: Path, seed: int) -> None:
     ).save_pretrained(out, safe_serialization=True)
 
 
-def export(untrained: Path, run: Path, autoencoder: Path, out: Path) -> None:
-    """The pipeline with the UNet of a run's last checkpoint (its averaged weights), in half precision."""
+def trained_unet(run: Path) -> UNet2DConditionModel:
+    """The averaged UNet of a run's last complete checkpoint."""
     checkpoint = sorted(path for path in (run / "checkpoints").glob("step-*") if (path / "manifest.json").exists())[-1]
-    StableDiffusionPipeline.from_pretrained(
+    return UNet2DConditionModel.from_pretrained(checkpoint / "unet")
+
+
+def export(untrained: Path, run: Path, autoencoder: Path, out: Path) -> None:
+    """The pipeline with a run's UNet and the autoencoder's trained decoder, in half precision."""
+    pipeline = StableDiffusionPipeline.from_pretrained(
         untrained,
-        unet=UNet2DConditionModel.from_pretrained(checkpoint / "unet", dtype=torch.float16),
-        vae=AutoencoderTiny.from_pretrained(autoencoder, dtype=torch.float16),
+        unet=trained_unet(run),
+        vae=AutoencoderTiny.from_pretrained(autoencoder),
         safety_checker=None,
         feature_extractor=None,
-        dtype=torch.float16,
-    ).save_pretrained(out, safe_serialization=True)
+    )
+    pipeline.to(dtype=torch.float16).save_pretrained(out, safe_serialization=True)

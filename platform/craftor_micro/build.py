@@ -80,6 +80,28 @@ def make_text_encoder(
     _finish(out, seed, started, {name: value for name, value in scores.items() if name != "seconds"})
 
 
+@app.command("sharpen-text-encoder")
+def sharpen_text_encoder(
+    start: Annotated[Path, typer.Option(help="The CLIP of the text-encoder stage.")] = PARTS / "text_encoder",
+    out: Out = PARTS / "text_encoder_sharp",
+    vision_steps: VisionSteps = 500,
+    steps: Steps = 600,
+    renders: Renders = 30_000,
+    seed: Seed = 2,
+) -> None:
+    """The same CLIP taught outlines and positions by hard negatives: in-batch contrast never needed them."""
+    started = _begin(seed)
+    tokenizer, pool = build_tokenizer(), render_pool(renders, seed=seed + 21, two_objects=0.3)
+    clip = ClipTowers(start).clip.requires_grad_(True)
+    teacher = Teacher(clip, pool, None)
+    train_vision(clip, teacher, pool, num_steps=vision_steps, lr=1e-3, seed=seed + 22)
+    train_contrast(clip, tokenizer, teacher, pool, num_steps=steps, lr=1e-3, seed=seed + 23)
+    clip.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    scores = hard_negative_accuracy(ClipScore(out).towers, render_pool(1000, seed + 24, held_out=True), seed + 25)
+    _finish(out, seed, started, scores)
+
+
 @app.command("reward-clip")
 def make_reward_clip(
     out: Out = WEIGHTS / "reward_clip",
@@ -154,9 +176,15 @@ def make_preference(
 
 
 @app.command("assemble")
-def make_untrained(out: Out = PARTS / "untrained", seed: Seed = 0) -> None:
-    """The base model's pipeline with its UNet still random: what `recipes/micro_base.toml` starts from."""
-    assemble(PARTS / "autoencoder", PARTS / "text_encoder", out, seed)
+def make_untrained(
+    out: Out = PARTS / "untrained",
+    text_encoder: Annotated[Path, typer.Option(help="The CLIP whose text tower conditions.")] = PARTS
+    / "text_encoder_sharp",
+    unet: Annotated[Path | None, typer.Option(help="Run folder whose averaged UNet to start from.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """The base model's pipeline before training: what `recipes/micro_base.toml` starts from."""
+    assemble(PARTS / "autoencoder", text_encoder, out, seed, unet)
 
 
 @app.command("pairs")

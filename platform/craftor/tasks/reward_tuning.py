@@ -25,7 +25,9 @@ class RewardTuningTask:
         assert isinstance(recipe.task, RewardTuning)
         settings, self.seed = recipe.task, recipe.seed
         self.diffuser = load(recipe.model.path)
-        self.guided = self.diffuser.guided(settings.rollout.num_steps, settings.rollout.guidance_scale)
+        self.guided = self.diffuser.guided(
+            settings.rollout.num_steps, settings.rollout.guidance_scale, bf16=recipe.model.precision == "bf16"
+        )
         self.window = settings.window.steps(settings.rollout.num_steps)
         self.recompute = settings.window.recompute
         self.rewards = {n: build_reward(r.kind, locate(r.weights)) for n, r in settings.rewards.items() if r.weight}

@@ -1,0 +1,39 @@
+"""A pydantic validation error -> one line a recipe's author can act on."""
+
+from typing import Any
+
+from pydantic import BaseModel
+
+
+def explain(error: Any, schema: type[BaseModel]) -> str:
+    """Dotted key, what is wrong, the value given; for an unknown key, the keys allowed there."""
+    # The discriminator of a union shows up in the location; a reader of the file never wrote it.
+    location = [str(part) for part in error["loc"] if part not in ("reward_tuning", "denoising")]
+    key = ".".join(location) or "recipe"
+    if error["type"] == "extra_forbidden":
+        allowed = ", ".join(_allowed_keys(location[:-1], schema))
+        return f"{key}: unknown key; allowed here: {allowed}"
+    message = error["msg"].removeprefix("Value error, ")
+    value = error["input"]
+    shown = "" if isinstance(value, dict | BaseModel) else f" (got {value!r})"
+    return f"{key}: {message}{shown}"
+
+
+def _allowed_keys(location: list[str], schema: type[BaseModel]) -> list[str]:
+    sections = [schema]
+    for part in location:
+        sections = [s for section in sections for s in _subsections(section, part)] or sections
+    return sorted({info.alias or name for section in sections for name, info in section.model_fields.items()})
+
+
+def _subsections(section: type[BaseModel], key: str) -> list[type[BaseModel]]:
+    for name, info in section.model_fields.items():
+        if key in (name, info.alias):
+            return _models_in(info.annotation)
+    return []
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in getattr(annotation, "__args__", ()) for model in _models_in(argument)]
