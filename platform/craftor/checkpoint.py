@@ -63,13 +63,18 @@ def restore(
     if average is not None:
         for key, value in load_file(folder / "trainer" / "average.safetensors").items():
             average[key].copy_(value)
-    return json.loads((folder / "trainer" / "state.json").read_text())["step"]
+    return step_of(folder)
 
 
 def latest(run_dir: Path) -> Path | None:
     """The newest complete checkpoint of a run, or None."""
     complete = sorted(path for path in (run_dir / "checkpoints").glob("step-*") if (path / MANIFEST).exists())
     return complete[-1] if complete else None
+
+
+def step_of(folder: Path) -> int:
+    """Optimiser steps done when a checkpoint was written."""
+    return json.loads((folder / "trainer" / "state.json").read_text())["step"]
 
 
 def verify(folder: Path) -> None:

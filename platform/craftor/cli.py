@@ -1,5 +1,6 @@
 """`craftor`: parse and validate first, import what is heavy afterwards."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -84,8 +85,16 @@ def evaluate(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="A run folder with a report.json.")]) -> None:
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder with a report.json.")],
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the table for a README instead.")] = False,
+) -> None:
     """Draw report.html and report.png again from a run's report.json."""
+    if as_markdown:
+        from craftor.verdict import markdown
+
+        print(markdown(json.loads((run / "report.json").read_text())))
+        return
     from craftor.report import write_report
 
     for path in write_report(run):

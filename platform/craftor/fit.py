@@ -19,6 +19,7 @@ from ray.train.torch import TorchTrainer, prepare_model
 from torch import Tensor, nn
 
 from craftor import checkpoint, stream
+from craftor.pictures import save_sheet
 from craftor.recipe import Optimizer, Recipe
 from craftor.tasks import Task, build
 
@@ -128,7 +129,9 @@ def save(
     optimizer: torch.optim.Optimizer,
     average: dict[str, Tensor] | None,
 ) -> None:
-    """Write a checkpoint whose pipeline folder holds the averaged weights where an average is kept."""
+    """Write a checkpoint whose pipeline folder holds the averaged weights where an average is kept, and pictures."""
+    if (images := task.pictures()) is not None:
+        save_sheet(images, run_dir / "samples" / f"step-{step:06d}.png")
 
     def save_module(folder: Path) -> None:
         current = {name: p.detach().clone() for name, p in task.module.named_parameters()}

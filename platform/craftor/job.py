@@ -76,8 +76,9 @@ def resume(run_dir: Path) -> Trained:
 
 def _train(recipe: Recipe, run_dir: Path, prepared: Prepared, tracker: tracking.Tracker) -> Trained:
     started = time.monotonic()
+    done = _log_earlier_lines(run_dir, tracker)
     try:
-        with follow(run_dir / METRICS, recipe.run.num_steps, on_line=tracker.log):
+        with follow(run_dir / METRICS, recipe.run.num_steps, on_line=tracker.log, after=done):
             final = fit(recipe, run_dir, prepared.folder, prepared.num_rows)
     except TrainingStopped:
         tracker.flush()
@@ -86,15 +87,11 @@ def _train(recipe: Recipe, run_dir: Path, prepared: Prepared, tracker: tracking.
     state = json.loads((run_dir / "run.json").read_text())
     state["seconds"] += time.monotonic() - started
     write_json(run_dir / "run.json", state)
-    if not tracker.flush():
-        print(
-            f"MLflow went away during the run ({tracker.outage}); nothing is lost: the metrics are in "
-            f"{run_dir / METRICS}. When it is back: craftor sync {run_dir}"
-        )
-        return Trained(run_dir, final, None, state["seconds"])
-    registered = _register(recipe, run_dir, final, tracker) if recipe.register_as else None
-    write_json(run_dir / "run.json", {**state, "registered": registered})
-    tracker.finish()
+    try:
+        registered = _conclude(recipe, run_dir, final, tracker)
+    except tracking.TrackingUnreachable as error:
+        print(f"{error}; nothing is lost: the metrics are in {run_dir / METRICS}. Later: craftor sync {run_dir}")
+        registered = None
     return Trained(run_dir, final, registered, state["seconds"])
 
 
@@ -106,18 +103,37 @@ def sync(run_dir: Path) -> Trained:
     if final is None:
         raise RecipeError(f"{run_dir}: no complete checkpoint in it")
     tracker = tracking.Tracker(tracking.client(run_dir.parent), state["mlflow_run_id"])
-    tracking.sync(tracker, run_dir / METRICS)
-    registered = state.get("registered")
-    if recipe.register_as and registered is None:
-        registered = _register(recipe, run_dir, final, tracker)
-        write_json(run_dir / "run.json", {**state, "registered": registered})
-    tracker.finish()
+    _log_earlier_lines(run_dir, tracker)
+    registered = _conclude(recipe, run_dir, final, tracker)
     return Trained(run_dir, final, registered, state["seconds"])
 
 
-def _register(recipe: Recipe, run_dir: Path, final: Path, tracker: tracking.Tracker) -> dict[str, str]:
-    bundle = registry.write_bundle(recipe, load_diffuser(recipe.model.path), final, run_dir / "bundle")
-    return registry.register(tracker.client, tracker, recipe, bundle, recipe.run.num_steps)
+def _conclude(recipe: Recipe, run_dir: Path, final: Path, tracker: tracking.Tracker) -> dict[str, str] | None:
+    """Send what waits, the pictures and the encoder. Raises TrackingUnreachable; may be called again."""
+    state = json.loads((run_dir / "run.json").read_text())
+    registered = state.get("registered")
+    with tracker.reachable():
+        if (run_dir / "samples").is_dir():
+            tracker.artifacts(run_dir / "samples", "samples")
+        if recipe.register_as and registered is None:
+            bundle = registry.write_bundle(recipe, load_diffuser(recipe.model.path), final, run_dir / "bundle")
+            registered = registry.register(tracker.client, tracker, recipe, bundle, recipe.run.num_steps)
+            write_json(run_dir / "run.json", {**state, "registered": registered})
+        tracker.finish()
+    return registered
+
+
+def _log_earlier_lines(run_dir: Path, tracker: tracking.Tracker) -> int:
+    """Give MLflow the steps up to the last checkpoint, should it lack any; returns that checkpoint's step.
+
+    Later lines, perhaps torn by a kill, belong to steps that are done again, with the same values.
+    """
+    last = checkpoint.latest(run_dir)
+    done = checkpoint.step_of(last) if last else 0
+    if done:
+        for line in (run_dir / METRICS).read_text().splitlines()[:done]:
+            tracker.log(json.loads(line))
+    return done
 
 
 def _prepare(recipe: Recipe, run_dir: Path) -> Prepared:
@@ -126,7 +142,10 @@ def _prepare(recipe: Recipe, run_dir: Path) -> Prepared:
         return prompts.describe(Path(recipe.data.path))
     # Saved first, because a hub id has no folder of its own for the tokenizing actor to read.
     load_diffuser(recipe.model.path).tokenizer.save_pretrained(run_dir / "tokenizer")
-    return prompts.prepare(recipe.data, (run_dir / "tokenizer").resolve(), run_dir / "rows")
+    try:
+        return prompts.prepare(recipe.data, (run_dir / "tokenizer").resolve(), run_dir / "rows")
+    except ValueError as error:
+        raise RecipeError(f"{run_dir / 'recipe.toml'}: {error}") from None
 
 
 def _prepared_earlier(recipe: Recipe, run_dir: Path, digest: str) -> Prepared:

@@ -1,5 +1,6 @@
 """The whole idea on one machine: train, register, evaluate on held-out prompts, report."""
 
+import json
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from craftor.locate import shipped_recipe
 from craftor.memory import peak_memory
 from craftor.recipe import Recipe, RecipeError, RewardTuning, load
 from craftor.report import write_report
+from craftor.tracking import Tracker, client
 
 RECIPE = "micro_textcraftor.toml"
 
@@ -73,7 +75,13 @@ def finish(out: Path, trained: Trained, summary: dict[str, Any], peak_gib: float
         "command": command,
     }
     write_json(out / "report.json", report)
-    write_report(out)
+    pages = write_report(out)
+    tracker = Tracker(client(out.parent), json.loads((out / "run.json").read_text())["mlflow_run_id"])
+    with tracker.reachable():
+        for path in (*pages, out / "report.json", out / "evaluation" / "images.jsonl"):
+            tracker.artifacts(path, "evaluation")
+        tracker.artifacts(out / "evaluation" / "samples", "evaluation/samples")
+        tracker.scores(report["metrics"])
     return report
 
 

@@ -7,6 +7,8 @@ run does not start; if it goes away later, lines wait here and are sent when it 
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlflow
@@ -94,11 +96,31 @@ class Tracker:
         self.outage = None
         return True
 
+    @contextmanager
+    def reachable(self) -> Iterator[None]:
+        """Send what waits, then run the block; any failure to reach the server becomes TrackingUnreachable."""
+        if not self.flush():
+            raise TrackingUnreachable(f"MLflow went away ({self.outage})")
+        try:
+            yield
+        except MlflowException as error:
+            raise TrackingUnreachable(f"MLflow went away ({str(error).splitlines()[0][:200]})") from error
+
     def artifacts(self, folder: Path, path: str) -> None:
         if folder.is_dir():
             self.client.log_artifacts(self.run_id, str(folder), path)
         else:
             self.client.log_artifact(self.run_id, str(folder), path)
+
+    def scores(self, metrics: dict[str, dict]) -> None:
+        """Held-out figures as `held_out/NAME/base`, `/tuned` and `/delta`."""
+        now = int(time.time() * 1000)
+        points = [
+            Metric(f"held_out/{name}/{key}", row[key], now, 0)
+            for name, row in metrics.items()
+            for key in ("base", "tuned", "delta")
+        ]
+        self.client.log_batch(self.run_id, metrics=points)
 
     def output(self, model_id: str, step: int) -> None:
         """Tie a logged model to the run that made it."""
@@ -107,14 +129,6 @@ class Tracker:
     def finish(self, *, failed: bool = False) -> None:
         status = RunStatus.FAILED if failed else RunStatus.FINISHED
         self.client.set_terminated(self.run_id, RunStatus.to_string(status))
-
-
-def sync(tracker: Tracker, metrics: Path) -> None:
-    """Send the lines of `metrics.jsonl` that MLflow does not have. Raises TrackingUnreachable if it is still away."""
-    for line in metrics.read_text().splitlines():
-        tracker.log(json.loads(line))
-    if not tracker.flush():
-        raise TrackingUnreachable(f"MLflow does not answer: {tracker.outage}")
 
 
 def _dataset(recipe: Recipe, prepared: Prepared) -> DatasetInput:

@@ -64,3 +64,17 @@ def _clause(name: str, row: dict, *, held_out: bool) -> str:
         return f"{label} fell by {number(-row['delta'], digits)} {interval(-high, -low, digits)}{unit}"
     change = number(row["delta"], digits, sign=True)
     return f"{label} did not measurably change ({change} {interval(low, high, digits)}{unit})"
+
+
+def markdown(report: dict) -> str:
+    """The metrics as a Markdown table, for a README."""
+    lines = ["| metric | base | tuned | change [95 % interval] | wins | |", "|---|---|---|---|---|---|"]
+    for name, row in ordered(report["metrics"]).items():
+        places = decimals(row["ci95"])
+        low, high = row["ci95"]
+        mark = "never trained on" if row["held_out"] else "trained"
+        lines.append(
+            f"| {name} | {row['base']:.{places}f} | {row['tuned']:.{places}f} | {row['delta']:+.{places}f} "
+            f"[{low:+.{places}f}, {high:+.{places}f}] | {row['win_rate']:.0%} | {mark} |"
+        )
+    return "\n".join(lines)

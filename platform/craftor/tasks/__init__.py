@@ -20,6 +20,10 @@ class Task(Protocol):
         """
         ...
 
+    def pictures(self) -> Tensor | None:
+        """The images of the last step in [0, 1], where the task makes any: to look at, logged with checkpoints."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write `module` into `folder` as the pipeline layout has it: `text_encoder/` or `unet/`."""
         ...

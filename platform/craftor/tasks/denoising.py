@@ -24,6 +24,9 @@ class DenoisingTask:
         with torch.no_grad():
             self.null = embed(self.diffuser.text_encoder, self.diffuser.tokenize([""]))
 
+    def pictures(self) -> Tensor | None:
+        return None
+
     def save(self, folder: Path) -> None:
         self.diffuser.unet.save_pretrained(folder / "unet", safe_serialization=True)
 

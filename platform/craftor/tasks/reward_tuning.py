@@ -37,7 +37,11 @@ class RewardTuningTask:
                 raise ValueError(f"task.rewards.{name}: not differentiable, so it cannot be backpropagated")
         # Dropout stays off: the trained encoder starts as an exact copy of the original.
         self.module: CLIPTextModel = copy.deepcopy(self.diffuser.text_encoder).requires_grad_(True)
+        self.images: Tensor | None = None
         self.null_ids = self.diffuser.tokenize([""])
+
+    def pictures(self) -> Tensor | None:
+        return self.images
 
     def save(self, folder: Path) -> None:
         self.module.save_pretrained(folder / "text_encoder", safe_serialization=True)
@@ -61,6 +65,7 @@ class RewardTuningTask:
         final = chain.forward(latents)
         images = decode(self.diffuser.vae, final)
         scores, image_gradient = self._score(images.detach(), list(rows.columns["prompt"]))
+        self.images = images.detach()
         (final_gradient,) = torch.autograd.grad(images, final, image_gradient)
         gradient, null_gradient = chain.backward(final_gradient)
         torch.autograd.backward([tuned, tuned_null], [gradient, null_gradient])
