@@ -126,7 +126,7 @@ seed = 7
 model = {{ path = "{tiny}/pipeline" }}
 data = {{ path = "{tiny}/prompts.txt" }}
 optimizer = {{ lr = 1e-3, warmup_steps = 2, cosine_from = 0.5 }}
-run = {{ num_steps = 4, batch_size = 4, checkpoint_every = 2 }}
+run = {{ num_steps = 24, batch_size = 4, checkpoint_every = 4 }}
 workers = {{ num = 1, threads = 1 }}
 register = {{ name = "tiny", aliases = ["candidate"] }}
 

@@ -47,7 +47,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def uninterrupted(runs: Path, tiny_recipe: Path) -> Path:
-    """A run of 4 steps that nothing disturbed, made once."""
+    """A run of 24 steps that nothing disturbed, made once."""
     out = runs / "uninterrupted"
     if not out.exists():
         run(tiny_recipe, out)
@@ -58,9 +58,12 @@ def test_run_leaves_metrics_checkpoints_and_a_registered_encoder(
     uninterrupted: Path, tiny: Path, tmp_path: Path
 ) -> None:
     records = lines(uninterrupted)
-    assert [r["step"] for r in records] == [1, 2, 3, 4]
+    assert [r["step"] for r in records] == list(range(1, 25))
     assert {"loss", "total", "clip", "pick", "grad_norm", "saturated", "drift", "images_per_second"} <= set(records[0])
-    assert sorted(p.name for p in (uninterrupted / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
+    assert sorted(p.name for p in (uninterrupted / "checkpoints").iterdir()) == [
+        f"step-{step:06d}" for step in range(4, 25, 4)
+    ]
+    assert sorted(p.name for p in (uninterrupted / "samples").iterdir())[0] == "step-000004.png"
 
     connected = tracking.client(uninterrupted.parent)
     version = connected.get_model_version_by_alias("tiny", "candidate")
@@ -90,13 +93,11 @@ def test_a_changed_bundle_is_refused(uninterrupted: Path, tmp_path: Path) -> Non
         registry.verify_bundle(bundle)
 
 
-@pytest.mark.parametrize("num_workers", [2, 4])
-def test_any_number_of_workers_gives_the_same_losses(
-    uninterrupted: Path, runs: Path, tiny_recipe: Path, num_workers: int
-) -> None:
-    out = runs / f"workers-{num_workers}"
-    run(tiny_recipe, out, workers__num=num_workers)
-    for ours, alone in zip(lines(out), lines(uninterrupted), strict=True):
+def test_four_workers_give_the_losses_of_one(uninterrupted: Path, runs: Path, tiny_recipe: Path) -> None:
+    out = runs / "four-workers"
+    run(tiny_recipe, out, workers__num=4, run__num_steps=4, optimizer__cosine_from=1.0)
+    assert len(lines(out)) == 4
+    for ours, alone in zip(lines(out), lines(uninterrupted), strict=False):
         for name in ("loss", "total", "clip", "pick", "grad_norm"):
             assert ours[name] == pytest.approx(alone[name], rel=1e-5, abs=1e-5), (ours["step"], name)
 
@@ -106,51 +107,39 @@ def test_an_interrupted_run_ends_with_the_same_bits(uninterrupted: Path, runs: P
     out = runs / "killed"
     program = (
         "import sys; from pathlib import Path; from craftor import job, recipe; path = Path(sys.argv[1]);"
-        "job.train(recipe.load(path, {'run.num_steps': 5000, 'optimizer.cosine_from': 1.0}), path, Path(sys.argv[2]))"
+        "job.train(recipe.load(path), path, Path(sys.argv[2]))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program, str(tiny_recipe), str(out)],
         start_new_session=True,
         env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
     )
-    wait_for(lambda: (out / "checkpoints" / "step-000002").exists(), process)
+    wait_for(lambda: (out / "checkpoints" / "step-000004").exists(), process)
     kill_tree(process)
-
-    # Only the length of the run differed, to be sure of killing it; steps 1 and 2 have a constant learning rate.
-    for later in (out / "checkpoints").iterdir():
-        if later.name != "step-000002":
-            shutil.rmtree(later)
-    (out / "recipe.toml").write_text((uninterrupted / "recipe.toml").read_text())
+    assert len(lines_written(out)) < 24, "it was over before it was killed"
     job.resume(out)
-    ours, expected = weights(out), weights(uninterrupted)
-    assert all(torch.equal(ours[name], expected[name]) for name in expected)
-    assert [r["loss"] for r in lines(out)] == [r["loss"] for r in lines(uninterrupted)]
+    assert_same_run(out, uninterrupted)
 
 
 def test_a_killed_worker_is_replaced_and_nothing_changes(uninterrupted: Path, runs: Path, tiny_recipe: Path) -> None:
-    """`kill -9` of a training worker in mid-run: Ray Train restarts it from the last checkpoint, in the same run."""
+    """`kill -9` of the training worker in mid-run: Ray Train starts another, which goes on from the last checkpoint."""
     out = runs / "worker-killed"
-    killed = []
+    killed: list[int] = []
 
     def kill_once() -> None:
-        while not killed:
-            if (out / "checkpoints" / "step-000002").exists():
-                for process in psutil.process_iter(["name", "cmdline"]):
-                    if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
-                        process.kill()
-                        killed.append(process.pid)
+        while not (out / "checkpoints" / "step-000004").exists():
             time.sleep(0.02)
+        for process in psutil.process_iter(["cmdline"]):
+            if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
+                process.kill()
+                killed.append(process.pid)
 
     thread = threading.Thread(target=kill_once, daemon=True)
     thread.start()
-    run(tiny_recipe, out, run__checkpoint_every=1, run__num_steps=40, optimizer__cosine_from=1.0)
+    run(tiny_recipe, out)
     thread.join(timeout=5)
     assert killed
-    undisturbed = runs / "forty"
-    run(tiny_recipe, undisturbed, run__checkpoint_every=40, run__num_steps=40, optimizer__cosine_from=1.0)
-    ours, expected = weights(out), weights(undisturbed)
-    assert all(torch.equal(ours[name], expected[name]) for name in expected)
-    assert [r["loss"] for r in lines(out)] == [r["loss"] for r in lines(undisturbed)]
+    assert_same_run(out, uninterrupted)
 
 
 def test_a_reward_that_is_not_finite_stops_the_run(runs: Path, tiny: Path, tiny_recipe: Path, tmp_path: Path) -> None:
@@ -180,6 +169,17 @@ def test_rows_that_changed_since_are_refused(uninterrupted: Path, tmp_path: Path
     (copy / "run.json").write_text(json.dumps({**state, "digest": "0" * 64}))
     with pytest.raises(RecipeError, match="put the original rows back"):
         job.resume(copy)
+
+
+def assert_same_run(ours: Path, expected: Path) -> None:
+    """The same weights bit for bit, and the same loss at every step."""
+    found, wanted = weights(ours), weights(expected)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert [r["loss"] for r in lines(ours)] == [r["loss"] for r in lines(expected)]
+
+
+def lines_written(out: Path) -> list[str]:
+    return (out / METRICS).read_text().splitlines()
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 240) -> None:

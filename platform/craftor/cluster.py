@@ -14,7 +14,6 @@ def ray_session(num_workers: int) -> Iterator[None]:
     A local cluster gets a few logical CPUs beyond the workers' for Ray Data's light stages.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")
     import ray
     import ray.data
@@ -26,7 +25,7 @@ def ray_session(num_workers: int) -> Iterator[None]:
     if started_here:
         local = "RAY_ADDRESS" not in os.environ
         ray.init(
-            **({"num_cpus": num_workers + 2, "include_dashboard": False} if local else {}),
+            **({"address": "local", "num_cpus": num_workers + 2, "include_dashboard": False} if local else {}),
             logging_level="ERROR",
             log_to_driver=False,
             runtime_env={"env_vars": _worker_environment()},

@@ -37,17 +37,28 @@ def check_model(path: str) -> None:
     folder = Path(locate(path))
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise ValueError(f"model.path = {path!r}: a folder but not a pipeline (no model_index.json in it)")
-    if folder.is_dir():
-        return
-    if path.startswith((".", "/", "~")) or path.count("/") != 1 or path.startswith("runs/"):
-        raise ValueError(f"model.path = {path!r}: no such folder; allowed: a pipeline folder, micro:NAME, or a hub id")
+    if not folder.is_dir():
+        check_hub_id("model.path", path, "model_index.json")
+
+
+def check_hub_id(key: str, path: str, file: str) -> None:
+    """`owner/name` may be a hub id; while the hub is offline it must be in the local cache."""
+    if path.startswith((".", "/", "~", "runs/")) or path.count("/") != 1:
+        raise ValueError(f"{key} = {path!r}: no such folder; allowed: a folder, micro:NAME, or a hub id")
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if constants.HF_HUB_OFFLINE and not isinstance(try_to_load_from_cache(path, file), str):
+        raise ValueError(
+            f"{key} = {path!r}: no such folder, not in the local hub cache, and HF_HUB_OFFLINE is set; "
+            f"fetch it where there is a network with: hf download {path}"
+        )
 
 
 def check_reward(key: str, kind: str, weights: str) -> None:
     if kind not in REWARD_KINDS:
         raise ValueError(f"{key}.kind: unknown reward {kind!r}; available: {', '.join(REWARD_KINDS)}")
-    if weights.startswith("micro:"):
-        locate(weights)
+    if not Path(locate(weights)).is_dir():
+        check_hub_id(f"{key}.weights", weights, "config.json")
 
 
 def check_prompts(key: str, data: Data) -> None:
