@@ -15,6 +15,9 @@ def ray_session(num_workers: int) -> Iterator[None]:
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")
+    if "RAY_ADDRESS" not in os.environ:
+        # Ray Data's actors make the core worker print an error about restarts that has no effect here.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
     import ray.data
 
