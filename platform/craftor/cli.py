@@ -1,6 +1,7 @@
 """`craftor`: parse and validate first, import what is heavy afterwards."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -115,6 +116,9 @@ def _overrides(texts: list[str] | None) -> dict[str, Any]:
 
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit code 2, never a traceback."""
+    # Read by these libraries when they are imported, later; `quiet` does the rest.
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "MLFLOW_LOGGING_LEVEL"):
+        os.environ.setdefault(name, "ERROR" if name.startswith("MLFLOW") else "error")
     try:
         app(standalone_mode=True)
     except RecipeError as error:
