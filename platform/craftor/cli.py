@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from craftor import __version__
+from craftor.preflight import check
 from craftor.recipe import RecipeError, load, parse_override
 
 app = typer.Typer(
@@ -61,6 +62,7 @@ def train(
     else:
         assert recipe is not None
         checked = load(recipe, _overrides(overrides))
+        check(checked, recipe)  # before the imports below, which take seconds
         from craftor.job import train as start
 
         trained = start(checked, recipe, out or Path("runs") / checked.name)

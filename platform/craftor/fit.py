@@ -191,9 +191,11 @@ def drift(module: nn.Module, original: dict[str, Tensor]) -> float:
 def report_failure(run_dir: Path, rows: stream.Rows, recipe: Recipe, metrics: dict[str, Tensor], rank: int) -> None:
     """The worker that owns the first bad sample writes what is needed to make it again; all workers return."""
     share = len(rows.position)
-    for name, values in metrics.items():
+    # A single reward says more than the sums that it spoils.
+    for name in sorted(metrics, key=lambda name: name in ("loss", "total")):
+        values = metrics[name]
         bad = (~values.isfinite()).nonzero().flatten()
-        if (name != "loss" or len(metrics) == 1) and len(bad) and bad[0] // share == rank:
+        if len(bad) and bad[0] // share == rank:
             row = int(bad[0]) % share
             prompt = str(rows.columns["prompt"][row]) if "prompt" in rows.columns else "(no prompt)"
             message = (

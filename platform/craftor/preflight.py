@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import fsspec
-import pyarrow.parquet
 
 from craftor.locate import locate
 from craftor.recipe import Data, Evaluation, Recipe, RecipeError, RewardTuning
@@ -70,6 +69,8 @@ def check_prompts(key: str, data: Data) -> None:
     try:
         with fsspec.open(source, "rb") as file:
             if suffix == ".parquet":
+                import pyarrow.parquet
+
                 columns, empty = pyarrow.parquet.read_schema(file).names, False
             else:
                 columns, empty = _probe(f"{key}.path = {data.path!r}", suffix, file.read(_PROBE_BYTES))

@@ -5,6 +5,7 @@ the window) + `manifest.json` (sha256 of each file). It is an MLflow logged mode
 generic loader of MLflow ever unpickles or imports anything for it.
 """
 
+import hashlib
 import json
 import shutil
 from pathlib import Path, PurePosixPath
@@ -83,6 +84,7 @@ def fetch(uri: str, out: Path) -> Path:
     shutil.rmtree(out, ignore_errors=True)
     # With a local store this is the store's own folder, not a copy: read it, never write there.
     shutil.copytree(found, out)
+    (out / "registered_model_meta").unlink(missing_ok=True)  # MLflow's note of where it came from
     verify_bundle(out)
     return out
 
@@ -99,8 +101,6 @@ def verify_bundle(folder: Path) -> None:
 
 def _weights_digest(diffuser: Diffuser) -> str:
     """sha256 over names, shapes and values of the base text encoder."""
-    import hashlib
-
     digest = hashlib.sha256()
     for name, value in sorted(diffuser.text_encoder.state_dict().items()):
         digest.update(f"{name}{tuple(value.shape)}".encode())
