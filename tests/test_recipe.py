@@ -74,7 +74,7 @@ def test_a_missing_or_broken_file_is_explained(tmp_path: Path) -> None:
         (
             "task.rewards.pick.kind",
             "pikscore",
-            "unknown reward 'pikscore'; available: aesthetic, clip_score, pick_score",
+            "unknown reward 'pikscore'; available: aesthetic, clip_score, compressibility",
         ),
         (
             "task.rewards.pick.weights",

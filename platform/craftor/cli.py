@@ -12,10 +12,12 @@ from rich.markup import escape
 from craftor import __version__
 from craftor.preflight import check
 from craftor.recipe import RecipeError, load, parse_override
+from craftor.rewards_command import app as rewards_app
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Make text-to-image diffusion models better by reward."
 )
+app.add_typer(rewards_app, name="rewards")
 console = Console(stderr=True)
 
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a recipe key: --set optimizer.lr=1e-4")]

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from pathlib import Path
 
 import fsspec
@@ -13,7 +14,7 @@ from craftor.recipe import Data, Evaluation, Recipe, RecipeError, RewardTuning
 _PROBE_BYTES = 1 << 20
 # Written out here so that a misspelt recipe is refused in a moment, without importing torch or Ray; tests hold these
 # equal to `craftor_rewards.REWARDS` and `prompts.FORMATS`.
-REWARD_KINDS = ("aesthetic", "clip_score", "pick_score")
+REWARD_KINDS = ("aesthetic", "clip_score", "compressibility", "hps", "http", "image_reward", "pick_score")
 FORMATS = (".csv", ".jsonl", ".parquet", ".tsv", ".txt")
 
 
@@ -54,10 +55,36 @@ def check_hub_id(key: str, path: str, file: str) -> None:
 
 
 def check_reward(key: str, kind: str, weights: str) -> None:
+    """Weights are a folder or file, a short name of `craftor_rewards.CATALOGUE`, or a hub id; some kinds have none."""
+    if ":" in kind or kind in ("compressibility", "http"):
+        return  # the reward's own class judges what its weights mean
     if kind not in REWARD_KINDS:
-        raise ValueError(f"{key}.kind: unknown reward {kind!r}; available: {', '.join(REWARD_KINDS)}")
-    if not Path(locate(weights)).is_dir():
+        raise ValueError(
+            f"{key}.kind: unknown reward {kind!r}; available: {', '.join(REWARD_KINDS)}, or module:attr of your own"
+        )
+    if not Path(locate(weights)).exists() and not is_catalogued(f"{key}.weights", weights):
         check_hub_id(f"{key}.weights", weights, "config.json")
+
+
+def is_catalogued(key: str, weights: str) -> bool:
+    """Whether public weights go by this short name. Raises ValueError where they are to be fetched and cannot be."""
+    if not re.fullmatch(r"[a-z0-9.-]+", weights):
+        return False
+    from huggingface_hub import constants
+
+    from craftor_rewards.catalogue import CATALOGUE
+
+    if weights not in CATALOGUE:
+        raise ValueError(f"{key} = {weights!r}: no such folder; allowed: a folder, a hub id, {', '.join(CATALOGUE)}")
+    if constants.HF_HUB_OFFLINE:
+        from craftor_rewards.loading import is_here
+
+        if not is_here(weights):
+            raise ValueError(
+                f"{key} = {weights!r}: not on this machine, and HF_HUB_OFFLINE is set; fetch it where there is a "
+                f"network with: craftor rewards fetch {weights}"
+            )
+    return True
 
 
 def check_prompts(key: str, data: Data) -> None:

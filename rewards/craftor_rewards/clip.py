@@ -10,49 +10,73 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+from craftor_rewards import open_clip_names
+from craftor_rewards.loading import find, load_tensors, missing
+from craftor_rewards.preprocess import CLIP_MEAN, CLIP_STD, Clamp, Fit, Resize, preprocess
+from craftor_rewards.protocol import check_inputs
+
+__all__ = ["CLIP_MEAN", "CLIP_STD", "ClipReward", "ClipTowers"]
 NUM_CACHED_PROMPTS = 4096
 
 
 class ClipTowers(nn.Module):
-    """`CLIPModel` and `CLIPTokenizer` from one folder or repository; in float32, whatever the weights are stored in."""
+    """`CLIPModel` and `CLIPTokenizer` from a folder, a repository, the catalogue or one file of open_clip's.
 
-    def __init__(self, weights: str | Path) -> None:
+    Arithmetic is float32 whatever the weights are stored in, but for the image tower where `dtype` says otherwise: its
+    output, the projection and every cosine stay float32. With `checkpoint` the image tower keeps no activations for
+    its backward pass and recomputes them: a ViT-H/14's gradient then fits beside the diffusion model's. Without `text`
+    the text tower is left out.
+    """
+
+    def __init__(
+        self,
+        weights: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        checkpoint: bool = False,
+        text: bool = True,
+        fit: Fit = "crop",
+        clamp: Clamp = "straight_through",
+    ) -> None:
         super().__init__()
-        check_weights(weights)
-        try:
-            clip = CLIPModel.from_pretrained(weights, use_safetensors=True, dtype=torch.float32)
-            tokenizer = CLIPTokenizer.from_pretrained(weights)
-        except OSError as error:
-            raise FileNotFoundError(_missing(weights)) from error
+        clip, tokenizer = _load(weights, text)
+        if not text:
+            del clip.text_model, clip.text_projection
+        clip.vision_model.to(dtype)
         self.clip = clip.eval().requires_grad_(False)
         self.tokenizer = tokenizer
+        self.fit, self.clamp, self.dtype, self.checkpoint = fit, clamp, dtype, checkpoint
         self.image_size: int = clip.config.vision_config.image_size
-        self.num_tokens = min(tokenizer.model_max_length, clip.config.text_config.max_position_embeddings)
+        self.num_tokens: int = clip.config.text_config.max_position_embeddings
+        if tokenizer is not None:
+            self.num_tokens = min(tokenizer.model_max_length, self.num_tokens)
         self.width: int = clip.config.projection_dim
+        self.num_truncated = 0
+        """Distinct prompts that were encoded so far and were longer than the tower reads."""
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
+        if checkpoint:
+            clip.vision_model.activation_checkpointing_enable()
+        self.train(False)
 
-    def preprocess(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b 3 size size"]:
-        """Images in [0, 1] resized on the shorter side, cropped in the middle and normalised, all differentiable.
+    def train(self, mode: bool = True) -> "ClipTowers":
+        """Frozen: stays in evaluation mode. transformers checkpoints layers that say they train, so those do."""
+        super().train(False)
+        if self.checkpoint:
+            for layer in self.clip.vision_model.encoder.layers:
+                layer.training = True  # of this module alone: its attention's dropout stays off
+        return self
 
-        Bicubic overshoot is not clamped: a clamp has no gradient where the resized image is darkest and brightest.
-        """
-        size = self.image_size
-        images = images.float()
-        if min(images.shape[2:]) != size:
-            scale = size / min(images.shape[2:])
-            shape = [round(side * scale) for side in images.shape[2:]]
-            images = F.interpolate(images, size=shape, mode="bicubic", antialias=True, align_corners=False)
-        top, left = ((side - size) // 2 for side in images.shape[2:])
-        images = images[:, :, top : top + size, left : left + size]
-        mean, std = (images.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-        return (images - mean) / std
+    def preprocess(
+        self, images: Float[Tensor, "b 3 H W"], *, resize: Resize = "bicubic"
+    ) -> Float[Tensor, "b 3 size size"]:
+        """Images in [0, 1] as the image tower reads them, all differentiable; see `preprocess.preprocess`."""
+        return preprocess(images, self.image_size, fit=self.fit, resize=resize, clamp=self.clamp)
 
-    def image_features(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b d"]:
+    def image_features(self, images: Float[Tensor, "b 3 H W"], *, resize: Resize = "bicubic") -> Float[Tensor, "b d"]:
         """Unit vectors; gradient flows to the pixels."""
-        pooled = self.clip.vision_model(pixel_values=self.preprocess(images)).pooler_output
-        return F.normalize(self.clip.visual_projection(pooled), dim=-1)
+        pixels = self.preprocess(images, resize=resize).to(self.dtype)
+        pooled = self.clip.vision_model(pixel_values=pixels).pooler_output
+        return F.normalize(self.clip.visual_projection(pooled.float()), dim=-1)
 
     def text_features(self, prompts: Sequence[str]) -> Float[Tensor, "b d"]:
         """Unit vectors without gradient; each distinct prompt is encoded once while it stays in the cache."""
@@ -66,9 +90,15 @@ class ClipTowers(nn.Module):
             self._cache.popitem(last=False)
         return torch.stack([rows[prompt] for prompt in prompts]).to(self.clip.device)
 
+    def truncated(self, prompts: Sequence[str]) -> list[bool]:
+        """Which prompts are longer than the tower reads; what is beyond its last token does not count for the score."""
+        ids = self.tokenizer(list(prompts), truncation=False, verbose=False).input_ids if prompts else []
+        return [len(row) > self.num_tokens for row in ids]
+
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> Float[Tensor, "b d"]:
         """Padded to full length, so that a prompt's features do not depend on the prompts beside it."""
+        self.num_truncated += sum(self.truncated(prompts))
         tokens = self.tokenizer(
             prompts, padding="max_length", truncation=True, max_length=self.num_tokens, return_tensors="pt"
         )
@@ -76,18 +106,43 @@ class ClipTowers(nn.Module):
         return F.normalize(self.clip.text_projection(pooled), dim=-1)
 
 
-def check_weights(weights: str | Path) -> None:
-    """Refuse what is neither a folder nor `owner/name` before a loader makes a long story of it."""
-    if not Path(weights).is_dir() and not _is_repository(weights):
-        raise FileNotFoundError(_missing(weights))
+class ClipReward(nn.Module):
+    """What every reward made of both towers shares; a subclass turns `cosines` into its score."""
+
+    differentiable = True
+    needs_prompt = True
+    fit: Fit = "crop"
+    clamp: Clamp = "straight_through"
+
+    def __init__(self, weights: str | Path, *, dtype: torch.dtype = torch.float32, checkpoint: bool = False) -> None:
+        super().__init__()
+        self.towers = ClipTowers(weights, dtype=dtype, checkpoint=checkpoint, fit=self.fit, clamp=self.clamp)
+        self.input_size = self.towers.image_size
+        self.eval().requires_grad_(False)
+
+    def cosines(self, images: Float[Tensor, "b 3 H W"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
+        """Of matched pairs, never the batch's matrix: score i depends on image i and prompt i alone."""
+        check_inputs(images, prompts)
+        return (self.towers.image_features(images) * self.towers.text_features(prompts)).sum(-1)
+
+    def truncated(self, prompts: Sequence[str]) -> list[bool]:
+        return self.towers.truncated(prompts)
 
 
-def _is_repository(weights: str | Path) -> bool:
-    return isinstance(weights, str) and weights.count("/") == 1 and not weights.startswith((".", "/", "~"))
-
-
-def _missing(weights: str | Path) -> str:
-    if Path(weights).is_dir():
-        return f"folder '{weights}' lacks a CLIP: expected config.json, model.safetensors and its tokenizer"
-    fetch = f"hf download {weights}" if _is_repository(weights) else f"hf download OWNER/NAME --local-dir {weights}"
-    return f"no weights at '{weights}': neither a folder nor a repository at hand; `{fetch}` fetches a public one"
+def _load(weights: str | Path, text: bool) -> tuple[CLIPModel, CLIPTokenizer]:
+    """Both in float32; no tokenizer without `text`."""
+    path = find(weights)
+    if path.is_file():
+        tensors = {name: tensor.to(torch.float32) for name, tensor in load_tensors(path).items()}
+        clip = CLIPModel(open_clip_names.infer_config(tensors))
+        clip.load_state_dict(open_clip_names.to_transformers(tensors))
+        beside = path.parent if (path.parent / "tokenizer.json").is_file() else None
+        return clip, CLIPTokenizer.from_pretrained(beside or find("clip-tokenizer")) if text else None
+    try:
+        clip = CLIPModel.from_pretrained(path, dtype=torch.float32)
+        return clip, CLIPTokenizer.from_pretrained(path) if text else None
+    except OSError as error:
+        raise FileNotFoundError(
+            f"folder '{path}' lacks a CLIP: expected config.json, model.safetensors and its "
+            f"tokenizer; {missing('OWNER/NAME')}"
+        ) from error
