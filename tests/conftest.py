@@ -12,28 +12,51 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 torch.set_num_threads(1)
 
 
-def save_tiny_pipeline(folder: Path) -> Path:
-    """A `StableDiffusionPipeline` of some 30,000 random weights: 32-pixel images, 8x8x4 latents, noise prediction."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+def save_tiny_pipeline(folder: Path, family: str = "sd1") -> Path:
+    """A pipeline of some 30,000 random weights, 32-pixel images and 8x8x4 latents, of Stable Diffusion 1, 2 or XL.
+
+    `sd1` predicts noise; `sd2` velocity, with an OpenCLIP-like encoder; `sdxl` reads two encoders and image sizes.
+    """
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        EulerDiscreteScheduler,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     from craftor_micro.tokenizer import build_tokenizer
 
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    StableDiffusionPipeline(
-        vae=AutoencoderKL(
+
+    def text_config(hidden_act: str = "quick_gelu") -> CLIPTextConfig:
+        return CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            projection_dim=12,
+            hidden_act=hidden_act,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+
+    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    ddim = {**noise, "clip_sample": False, "set_alpha_to_one": False}
+    micro_conditioning = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 12 + 6 * 4,
+        "use_linear_projection": True,
+    }
+    parts = {
+        "vae": AutoencoderKL(
             block_out_channels=(8, 8, 8),
             down_block_types=("DownEncoderBlock2D",) * 3,
             up_block_types=("UpDecoderBlock2D",) * 3,
@@ -42,30 +65,33 @@ def save_tiny_pipeline(folder: Path) -> Path:
             latent_channels=4,
             sample_size=32,
         ),
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        unet=UNet2DConditionModel(
+        "text_encoder": CLIPTextModel(text_config("gelu" if family == "sd2" else "quick_gelu")),
+        "tokenizer": tokenizer,
+        "unet": UNet2DConditionModel(
             sample_size=8,
             block_out_channels=(8, 16),
             layers_per_block=1,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=16,
+            cross_attention_dim=32 if family == "sdxl" else 16,
             attention_head_dim=2,
             norm_num_groups=4,
+            **(micro_conditioning if family == "sdxl" else {}),
         ),
-        scheduler=DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder, safe_serialization=True)
+    }
+    if family == "sdxl":
+        second = {"text_encoder_2": CLIPTextModelWithProjection(text_config("gelu")), "tokenizer_2": tokenizer}
+        pipeline = StableDiffusionXLPipeline(**parts, **second, scheduler=EulerDiscreteScheduler(**noise))
+    else:
+        prediction = "v_prediction" if family == "sd2" else "epsilon"
+        pipeline = StableDiffusionPipeline(
+            **parts,
+            scheduler=DDIMScheduler(**ddim, prediction_type=prediction),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    pipeline.save_pretrained(folder, safe_serialization=True)
     return folder
 
 
@@ -100,9 +126,11 @@ def save_tiny_clip(folder: Path, seed: int) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `pipeline/`, `clip/`, `pick/` and `prompts.txt`."""
+    """A folder with `pipeline/`, `sd2/`, `sdxl/`, `clip/`, `pick/` and `prompts.txt`."""
     root = tmp_path_factory.mktemp("tiny")
     save_tiny_pipeline(root / "pipeline")
+    save_tiny_pipeline(root / "sd2", "sd2")
+    save_tiny_pipeline(root / "sdxl", "sdxl")
     save_tiny_clip(root / "clip", seed=1)
     save_tiny_clip(root / "pick", seed=2)
     words = [
@@ -117,8 +145,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny_recipe(tiny: Path, tmp_path: Path) -> Path:
+    return write_tiny_recipe(tiny, tmp_path)
+
+
+def write_tiny_recipe(tiny: Path, folder: Path) -> Path:
     """A complete reward-tuning recipe on the tiny models: 4 denoising steps, the last 2 with gradient."""
-    path = tmp_path / "tiny.toml"
+    path = folder / "tiny.toml"
     path.write_text(
         f"""
 name = "tiny"

@@ -1,91 +1,161 @@
 """The chain's gradient is that of plain autograd and of finite differences, whatever the window."""
 
+import copy
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
-from craftor.denoise import Chain, Guided, sample
+from craftor.denoise import Chain, Guided, Prompt, State, sample
 from craftor.diffuser import load
+from craftor.embed import Condition
+from craftor.plan import Plan, plan
+from craftor.recipe import Model
+from craftor.rollout import Rollout, Window
 
 NUM_STEPS = 5
+WINDOWS = {
+    "last": Window(last=2),
+    "all": Window(last=5),
+    "first": Window(first=2),
+    "middle": Window(start=1, stop=3),
+    "list": Window(steps=(0, 2, 3)),
+    "random": Window(random_last=(1, 4)),
+    "sparse": Window(sparse=2),
+    "refl": Window(last=1, jump=(1, 4)),
+    "drtune": Window(sparse=2, jump=(2, 4)),
+}
 
 
-@pytest.fixture(scope="module")
-def guided(tiny: Path) -> Guided:
-    guided = load(str(tiny / "pipeline")).guided(NUM_STEPS, guidance_scale=3.0)
-    guided.unet.double()
-    return guided
+@pytest.fixture(scope="module", params=["ddim", "dpm_solver_2m"])
+def guided(request, tiny: Path) -> Guided:
+    diffuser = load(Model(path=str(tiny / "pipeline")))
+    diffuser.unet.double()
+    return diffuser.guided(Rollout(num_steps=NUM_STEPS, guidance_scale=3.0, solver=request.param))
 
 
-def inputs(seed: int = 0) -> tuple[torch.Tensor, ...]:
+def prompts(seed: int = 0) -> tuple[State, Prompt, Prompt, torch.Tensor]:
+    """Noise, a tuned and an original prompt, and a direction to differentiate along; three samples."""
     g = torch.Generator().manual_seed(seed)
-    shapes = ((2, 4, 8, 8), (2, 6, 16), (1, 6, 16), (2, 6, 16), (1, 6, 16), (2, 4, 8, 8))
-    return tuple(torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes)
+    noise, direction = (torch.randn(3, 4, 8, 8, generator=g, dtype=torch.float64) for _ in range(2))
+    tuned, original = (
+        Prompt(*(Condition(torch.randn(n, 6, 16, generator=g, dtype=torch.float64)) for n in (3, 1))) for _ in range(2)
+    )
+    return State(noise), tuned, original, direction
 
 
-def chain_gradient(guided: Guided, window: range, recompute: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    noise, tuned, tuned_null, original, null, direction = inputs()
-    latents = sample(guided, noise, original, null, range(window.start))
-    chain = Chain(guided, tuned, tuned_null, (original, null), window, recompute)
-    chain.forward(latents)
-    return chain.backward(direction)
+def gradient_leaves(tuned: Prompt) -> Prompt:
+    return Prompt(*(condition.map(lambda t: t.requires_grad_()).leaf() for condition in tuned))
 
 
-def plain_loss(guided: Guided, window: range, tuned: torch.Tensor, tuned_null: torch.Tensor) -> torch.Tensor:
-    """The same rollout as one autograd graph."""
-    noise, _, _, original, null, direction = inputs()
-    latents = noise
-    for index in range(NUM_STEPS):
-        condition = (tuned, tuned_null) if index in window else (original, null)
-        latents = guided.step(latents, *condition, index)
-    return (latents * direction).sum()
+def chain(guided: Guided, where: Plan, direct: bool, kept: int, trained=()) -> tuple[torch.Tensor, Prompt]:
+    """The final latents and the tuned prompt with its gradient."""
+    state, tuned, original, direction = prompts()
+    leaves = gradient_leaves(tuned)
+    chain = Chain(guided, where, leaves, original, direct, kept, trained)
+    final = chain.forward(sample(guided, state, original, range(where.start)))
+    chain.backward(direction)
+    return final.detach(), leaves
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("window", [range(3, 5), range(1, 3), range(0, 5), range(4, 5)])
-def test_gradient_is_that_of_plain_autograd(guided: Guided, window: range, recompute: bool) -> None:
-    _, tuned, tuned_null, *_ = inputs()
-    tuned, tuned_null = tuned.requires_grad_(), tuned_null.requires_grad_()
-    expected = torch.autograd.grad(plain_loss(guided, window, tuned, tuned_null), (tuned, tuned_null))
-    for found, wanted in zip(chain_gradient(guided, window, recompute), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+def plain(guided: Guided, where: Plan, direct: bool, tuned: Prompt) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same rollout sample by sample as one autograd graph: final latents, and their product with the direction."""
+    state, _, original, direction = prompts()
+    finals = []
+    for row in range(3):
+        latents, x0, ended = state.latents[row : row + 1], None, None
+        for index in range(NUM_STEPS):
+            if index == where.first[row]:
+                latents, x0 = latents.detach(), None if x0 is None else x0.detach()
+            chosen = tuned if where.window[row, index] else original
+            prompt = Prompt(chosen.condition[row : row + 1], chosen.null)
+            output = guided.output(latents.detach() if direct else latents, prompt, guided.schedule[index].timestep)
+            step = guided.schedule[index]
+            new = step.x0(latents, output)
+            latents, x0 = step.advance(latents, new, x0), new
+            if where.jumps and index == where.end[row]:
+                ended = new
+        finals.append(latents if ended is None else ended)
+    final = torch.cat(finals)
+    return final.detach(), (final * direction).sum()
+
+
+@pytest.mark.parametrize(("direct", "kept"), [(False, 0), (False, 2), (True, 9)])
+@pytest.mark.parametrize("name", WINDOWS)
+def test_gradient_is_that_of_plain_autograd(guided: Guided, name: str, direct: bool, kept: int) -> None:
+    where = plan(WINDOWS[name], NUM_STEPS, seed=3, positions=range(3))
+    final, leaves = chain(guided, where, direct, kept)
+    _, tuned, *_ = prompts()
+    tuned = gradient_leaves(tuned)
+    expected_final, loss = plain(guided, where, direct, tuned)
+    torch.testing.assert_close(final, expected_final, rtol=1e-9, atol=1e-11)
+    loss.backward()
+    for found, wanted in zip(leaves, tuned, strict=True):
+        torch.testing.assert_close(found.embeds.grad, wanted.embeds.grad, rtol=1e-8, atol=1e-11)
 
 
 def test_gradient_is_that_of_finite_differences(guided: Guided) -> None:
-    window = range(2, 5)
-    gradient, null_gradient = chain_gradient(guided, window, recompute=False)
-    _, tuned, tuned_null, *_ = inputs()
+    where = plan(Window(start=1, stop=4), NUM_STEPS, 0, range(3))
+    _, leaves = chain(guided, where, direct=False, kept=0)
+    _, tuned, *_ = prompts()
     step = 1e-5
     with torch.no_grad():
-        for target, found in ((tuned, gradient), (tuned_null, null_gradient)):
+        for target, found in ((tuned.condition.embeds, leaves.condition), (tuned.null.embeds, leaves.null)):
             for position in ((0, 0, 0), (0, 3, 5), (len(target) - 1, 5, 15)):
                 values = []
                 for sign in (1, -1):
                     target[position] += sign * step
-                    values.append(plain_loss(guided, window, tuned, tuned_null).item())
+                    values.append(plain(guided, where, False, tuned)[1].item())
                     target[position] -= sign * step
-                assert found[position].item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-4, abs=1e-7)
+                wanted = (values[0] - values[1]) / (2 * step)
+                assert found.embeds.grad[position].item() == pytest.approx(wanted, rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_the_unet_receives_the_gradient_of_its_own_window(guided: Guided, direct: bool) -> None:
+    where = plan(Window(start=1, stop=4), NUM_STEPS, 0, range(3))
+    parameters = [p.requires_grad_() for p in guided.unet.parameters()]
+    try:
+        chain(guided, where, direct, kept=1, trained=parameters)
+        found = [p.grad.clone() for p in parameters]
+        guided.unet.zero_grad()
+        frozen = copy.deepcopy(guided.unet).requires_grad_(False)
+        _, tuned, *_ = prompts()
+        windowed = dataclasses.replace(guided, unet=_Switch(guided.unet, frozen, guided, range(1, 4)))
+        plain(windowed, where, direct, tuned)[1].backward()
+        for value, parameter in zip(found, parameters, strict=True):
+            torch.testing.assert_close(value, parameter.grad, rtol=1e-8, atol=1e-11)
+    finally:
+        guided.unet.zero_grad()
+        guided.unet.requires_grad_(False)
+
+
+class _Switch:
+    """The trained UNet inside the window, a frozen copy of it outside."""
+
+    def __init__(self, trained, frozen, guided: Guided, window: range) -> None:
+        self.inside = {guided.schedule[index].timestep for index in window}
+        self.trained, self.frozen = trained, frozen
+
+    def __call__(self, latents, timestep, *args, **kwargs):
+        return (self.trained if timestep in self.inside else self.frozen)(latents, timestep, *args, **kwargs)
 
 
 def test_forward_ends_where_sampling_ends(guided: Guided) -> None:
-    noise, tuned, tuned_null, *_ = inputs()
-    chain = Chain(guided, tuned, tuned_null, (tuned, tuned_null), range(2, 5), recompute=True)
-    final = chain.forward(sample(guided, noise, tuned, tuned_null, range(2)))
-    torch.testing.assert_close(final.detach(), sample(guided, noise, tuned, tuned_null, range(5)))
-
-
-def test_schedule_is_trailing(tiny: Path) -> None:
-    timesteps = load(str(tiny / "pipeline")).guided(25, 7.5).scheduler.timesteps.tolist()
-    assert timesteps == list(range(999, 38, -40))
-    assert len(timesteps) == 25
+    state, tuned, *_ = prompts()
+    where = plan(Window(last=3), NUM_STEPS, 0, range(3))
+    chain = Chain(guided, where, tuned, tuned, kept=0)
+    final = chain.forward(sample(guided, state, tuned, range(2)))
+    torch.testing.assert_close(final.detach(), sample(guided, state, tuned, range(5)).latents)
 
 
 def test_guidance_of_one_skips_the_unconditional_branch(tiny: Path) -> None:
-    diffuser = load(str(tiny / "pipeline"))
+    diffuser = load(Model(path=str(tiny / "pipeline")))
     rows: list[int] = []
     diffuser.unet.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
-    embeds, null = torch.randn(2, 6, 16), torch.randn(1, 6, 16)
-    sample(diffuser.guided(3, 1.0), torch.randn(2, 4, 8, 8), embeds, null, range(3))
-    sample(diffuser.guided(3, 2.0), torch.randn(2, 4, 8, 8), embeds, null, range(3))
+    prompt = Prompt(Condition(torch.randn(2, 6, 16)), Condition(torch.randn(1, 6, 16)))
+    for scale in (1.0, 2.0):
+        guided = diffuser.guided(Rollout(num_steps=3, guidance_scale=scale))
+        sample(guided, State(torch.randn(2, 4, 8, 8)), prompt, range(3))
     assert rows == [2, 2, 2, 4, 4, 4]

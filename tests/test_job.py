@@ -78,7 +78,10 @@ def test_run_leaves_metrics_checkpoints_and_a_registered_encoder(
     pipeline = StableDiffusionPipeline.from_pretrained(tiny / "pipeline", text_encoder=encoder, safety_checker=None)
     assert pipeline("a red star", num_inference_steps=2, output_type="np").images.shape == (1, 32, 32, 3)
     trained = weights(uninterrupted)
-    assert all(torch.equal(value, trained[name]) for name, value in pipeline.text_encoder.state_dict().items())
+    assert all(
+        torch.equal(value, trained[f"text_encoder.{name}"])
+        for name, value in pipeline.text_encoder.state_dict().items()
+    )
 
 
 def test_a_changed_bundle_is_refused(uninterrupted: Path, tmp_path: Path) -> None:

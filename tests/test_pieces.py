@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from craftor import objective, seeds
 from craftor.decode import decode, saturated
 from craftor.diffuser import load
+from craftor.recipe import Model
 from craftor.stream import batches
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +29,7 @@ def test_noise_depends_on_seed_index_and_purpose_alone() -> None:
 
 
 def test_decoded_images_are_clamped_and_their_gradient_is_not(tiny: Path) -> None:
-    vae = load(str(tiny / "pipeline")).vae
+    vae = load(Model(path=str(tiny / "pipeline"))).vae
     latents = (200 * torch.randn(2, 4, 8, 8)).requires_grad_()
     images = decode(vae, latents)
     assert images.shape == (2, 3, 32, 32)

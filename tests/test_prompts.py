@@ -36,7 +36,7 @@ def write(path: Path) -> Path:
 @pytest.mark.parametrize("kind", ["txt", "csv", "tsv", "jsonl", "parquet"])
 def test_formats_give_the_same_rows(tiny: Path, tmp_path: Path, kind: str) -> None:
     data = Data(path=str(write(tmp_path / f"prompts.{kind}")), min_chars=2)
-    prepared = prepare(data, tiny / "pipeline" / "tokenizer", tmp_path / "rows")
+    prepared = prepare(data, {"input_ids": str(tiny / "pipeline" / "tokenizer")}, tmp_path / "rows")
     rows = pq.read_table(sorted(prepared.folder.glob("*.parquet"))).to_pydict()
     assert rows["prompt"] == KEPT
     assert rows["index"] == list(range(len(KEPT)))
@@ -47,14 +47,14 @@ def test_formats_give_the_same_rows(tiny: Path, tmp_path: Path, kind: str) -> No
 def test_a_url_is_read_and_rows_can_be_limited(tiny: Path, tmp_path: Path) -> None:
     write(tmp_path / "prompts.csv")
     data = Data(path=f"file://{tmp_path}/prompts.csv", max_rows=2, deduplicate=False)
-    prepared = prepare(data, tiny / "pipeline" / "tokenizer", tmp_path / "rows")
+    prepared = prepare(data, {"input_ids": str(tiny / "pipeline" / "tokenizer")}, tmp_path / "rows")
     assert prepared.num_rows == 2
 
 
 def test_nothing_left_is_an_error(tiny: Path, tmp_path: Path) -> None:
     data = Data(path=str(write(tmp_path / "prompts.txt")), min_chars=500)
     with pytest.raises(ValueError, match="no prompt left after filtering"):
-        prepare(data, tiny / "pipeline" / "tokenizer", tmp_path / "rows")
+        prepare(data, {"input_ids": str(tiny / "pipeline" / "tokenizer")}, tmp_path / "rows")
 
 
 def test_unknown_formats_are_listed() -> None:

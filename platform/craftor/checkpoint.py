@@ -1,6 +1,6 @@
 """Checkpoints: Hugging Face layout plus `trainer/`, safetensors only, complete or not there at all.
 
-`checkpoints/step-000050/` holds the trained module's folder (`text_encoder/` or `unet/`), `trainer/` (weights,
+`checkpoints/step-000050/` holds the trained parts (`text_encoder/`, `unet/`, `lora/`), `trainer/` (weights,
 optimiser, `state.json`) and `manifest.json` with the sha256 of every other file. It is written under a
 temporary name and renamed, so a half-written checkpoint never has the name of a whole one.
 """
@@ -36,7 +36,8 @@ def save(
     (temporary / "trainer").mkdir(parents=True)
     save_module(temporary)
     save_file(_optimizer_tensors(module, optimizer), temporary / "trainer" / "optimizer.safetensors")
-    save_file({k: v.contiguous() for k, v in module.state_dict().items()}, temporary / "trainer" / "module.safetensors")
+    weights = {name: p.detach().contiguous() for name, p in trained(module).items()}
+    save_file(weights, temporary / "trainer" / "module.safetensors")
     if average is not None:
         save_file(average, temporary / "trainer" / "average.safetensors")
     (temporary / "trainer" / "state.json").write_text(json.dumps({**state, "step": step}, indent=2))
@@ -53,9 +54,14 @@ def restore(
 ) -> int:
     """Load weights, optimiser state and average in place; returns the number of steps done."""
     verify(folder)
-    module.load_state_dict(load_file(folder / "trainer" / "module.safetensors"))
+    parameters, weights = trained(module), load_file(folder / "trainer" / "module.safetensors")
+    if weights.keys() != parameters.keys():
+        raise ValueError(
+            f"{folder}: its weights are not those that train: {sorted(weights.keys() ^ parameters.keys())}"
+        )
     tensors = load_file(folder / "trainer" / "optimizer.safetensors")
-    for name, parameter in module.named_parameters():
+    for name, parameter in parameters.items():
+        parameter.data.copy_(weights[name])
         prefix = f"{name}::"
         found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if found:
@@ -64,6 +70,11 @@ def restore(
         for key, value in load_file(folder / "trainer" / "average.safetensors").items():
             average[key].copy_(value)
     return step_of(folder)
+
+
+def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    """What trains of a module, by name: all of it, or LoRA's matrices."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def latest(run_dir: Path) -> Path | None:
@@ -94,7 +105,7 @@ def digests(folder: Path) -> dict[str, str]:
 def _optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
         f"{name}::{key}": value.detach().contiguous()
-        for name, parameter in module.named_parameters()
+        for name, parameter in trained(module).items()
         for key, value in optimizer.state[parameter].items()
     }
 

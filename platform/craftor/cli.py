@@ -75,6 +75,22 @@ def train(
 
 
 @app.command()
+def prefix(
+    recipe: Annotated[Path, typer.Argument(help="A reward-tuning recipe.")],
+    out: Annotated[str, typer.Option("--out", help="A folder or fsspec URL for the cache.")],
+    workers: Annotated[int, typer.Option(help="Actors.")] = 2,
+    overrides: Set = None,
+) -> None:
+    """Compute the denoising steps before the window once, for every run that shares them; goes on where it stopped."""
+    checked = load(recipe, _overrides(overrides))
+    check(checked, recipe)
+    from craftor.inputs import fill_prefix_cache
+
+    print(f"{fill_prefix_cache(checked, recipe, out, workers)} samples in {out}")
+    print(f'use it with: --set task.prefix=\'{{mode = "cache", cache = "{out}"}}\'')
+
+
+@app.command()
 def evaluate(
     runs: Annotated[list[Path], typer.Argument(help="One run folder, or several whose encoders are mixed.")],
     out: Annotated[Path | None, typer.Option("--out", help="By default RUN/evaluation.")] = None,

@@ -1,116 +1,195 @@
-"""Embeddings and noise -> latents: guided DDIM steps, and their exact gradient one step at a time.
+"""Condition and noise -> latents: guided denoising steps, and their exact gradient one step at a time.
 
-The chain is cut at every step. Forward keeps the latents; backward walks the steps from the last to the first of the
-window and carries dL/dz through each by a vector-Jacobian product. That is plain backpropagation through time, but a
-step's graph can be rebuilt when its turn comes (`recompute`), so memory need not grow with the window.
+A step is a network call and a linear map (`solver`). Backward walks the steps from the last to the first of the window:
+the map's gradient is its own coefficients, the network's a vector-Jacobian product, whose graph was kept or is rebuilt
+when its turn comes (`kept`), so memory need not grow with the window. The gradient collects in the leaves it is for:
+the trained encoders' conditions and, where the UNet trains, its parameters.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
-from jaxtyping import Float
-from torch import Tensor
+from diffusers import UNet2DConditionModel
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from craftor.embed import Condition
+from craftor.plan import Plan
+from craftor.solver import Schedule
+
+
+class State(NamedTuple):
+    """Between two denoising steps: latents, and the clean latents predicted last, which multistep solvers read."""
+
+    latents: Float[Tensor, "b c h w"]
+    x0: Float[Tensor, "b c h w"] | None = None
+
+
+class Prompt(NamedTuple):
+    """The two branches of guidance: the prompts' condition, and the empty prompt's single row."""
+
+    condition: Condition
+    null: Condition
 
 
 @dataclass(frozen=True)
 class Guided:
-    """A UNet with its schedule and classifier-free guidance: one call of `step` is one denoising step."""
+    """A UNet with its schedule and classifier-free guidance."""
 
     unet: UNet2DConditionModel
-    scheduler: DDIMScheduler
+    schedule: Schedule
     guidance_scale: float
-    bf16: bool = False
-    """Run the UNet's arithmetic in bfloat16; latents and schedule stay in float32."""
+    precision: torch.dtype = torch.float32
+    """Arithmetic of the UNet; latents and schedule stay in float32."""
+    time_ids: Float[Tensor, "1 6"] | None = None
+    """SDXL's micro-conditioning: original size, crop corner, target size."""
 
     @property
     def num_steps(self) -> int:
-        return len(self.scheduler.timesteps)
+        return len(self.schedule)
 
-    def step(
-        self,
-        latents: Float[Tensor, "b c h w"],
-        embeds: Float[Tensor, "b n d"],
-        null: Float[Tensor, "1 n d"],
-        index: int,
+    def output(
+        self, latents: Float[Tensor, "b c h w"], prompt: Prompt, timestep: int | Int[Tensor, " b"]
     ) -> Float[Tensor, "b c h w"]:
-        """Denoising step `index` (0 is the noisiest) under guidance w: `eps = eps_null + w * (eps - eps_null)`."""
-        timestep = self.scheduler.timesteps[index]
+        """The network's output under guidance w at one timestep, or one a row: `null + w * (conditional - null)`."""
+        condition, null = prompt
         if self.guidance_scale == 1:
-            guided = self._predict(latents, timestep, embeds)
-        else:
-            both = torch.cat([null.expand_as(embeds), embeds])
-            unconditional, conditional = self._predict(torch.cat([latents, latents]), timestep, both).chunk(2)
-            guided = unconditional + self.guidance_scale * (conditional - unconditional)
-        return self.scheduler.step(guided, timestep, latents).prev_sample
+            return self._call(latents, timestep, condition)
+        pairs = zip(null.tensors, condition.tensors, strict=True)
+        both = Condition(*(torch.cat([n.expand_as(c), c]) for n, c in pairs))
+        timestep = timestep if isinstance(timestep, int) else timestep.repeat(2)
+        unconditional, conditional = self._call(torch.cat([latents, latents]), timestep, both).chunk(2)
+        return unconditional + self.guidance_scale * (conditional - unconditional)
 
-    def _predict(self, latents: Tensor, timestep: Tensor, embeds: Tensor) -> Tensor:
-        with torch.autocast(latents.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.unet(latents, timestep, embeds).sample.to(latents.dtype)
+    def step(self, state: State, prompt: Prompt, index: int) -> State:
+        """Denoising step `index`; 0 is the noisiest."""
+        step = self.schedule[index]
+        x0 = step.x0(state.latents, self.output(state.latents, prompt, step.timestep))
+        return State(step.advance(state.latents, x0, state.x0), x0)
+
+    def _call(self, latents: Tensor, timestep: int | Tensor, condition: Condition) -> Tensor:
+        added = None
+        if condition.pooled is not None and self.time_ids is not None:
+            added = {"text_embeds": condition.pooled, "time_ids": self.time_ids.expand(len(latents), -1)}
+        with self._arithmetic(latents):
+            output = self.unet(latents, timestep, condition.embeds, added_cond_kwargs=added).sample
+        return output.to(latents.dtype)
+
+    def _arithmetic(self, latents: Tensor) -> AbstractContextManager:
+        reduced = self.precision in (torch.bfloat16, torch.float16)
+        return torch.autocast(latents.device.type, self.precision if reduced else None, enabled=reduced)
 
 
 @torch.no_grad()
-def sample(
-    guided: Guided,
-    latents: Float[Tensor, "b c h w"],
-    embeds: Float[Tensor, "b n d"],
-    null: Float[Tensor, "1 n d"],
-    steps: range,
-) -> Float[Tensor, "b c h w"]:
+def sample(guided: Guided, state: State, prompt: Prompt, steps: range) -> State:
     """Run denoising steps without gradient."""
     for index in steps:
-        latents = guided.step(latents, embeds, null, index)
-    return latents
+        state = guided.step(state, prompt, index)
+    return state
+
+
+@dataclass
+class _Call:
+    """A network call that the gradient passes: which rows see which prompt, and the leaves it fills."""
+
+    index: int
+    rows: Tensor | slice
+    inside: bool
+    latents: Tensor
+    leaves: list[Tensor]
+    output: Tensor | None = None
+    """With its graph where that is kept; None where it is to be rebuilt."""
 
 
 @dataclass
 class Chain:
-    """The part of a rollout that carries gradient: from the window's first step to the last step of the schedule.
+    """The part of a rollout that carries gradient: from the plan's first step to the end.
 
-    Steps inside `window` see the trained embeddings; steps after it see `after` (the original ones) and only pass
-    the gradient on to earlier latents.
+    Steps in a row's window see `tuned`. Its other steps see `outside` and, in a full gradient path, pass the gradient
+    on to earlier latents.
     """
 
     guided: Guided
-    embeds: Float[Tensor, "b n d"]
-    null: Float[Tensor, "1 n d"]
-    after: tuple[Tensor, Tensor]
-    window: range
-    recompute: bool
+    plan: Plan
+    tuned: Prompt
+    """Its tensors that require gradient receive it in `.grad`; see `Condition.leaf`."""
+    outside: Prompt
+    direct: bool = False
+    kept: int = 1 << 30
+    """So many of the last steps keep their graph, the others are rebuilt."""
+    trained: Sequence[nn.Parameter] = ()
+    """Parameters of the UNet that receive gradient from steps inside the window."""
+    _calls: list[list[_Call]] = field(default_factory=list, init=False)
 
-    def __post_init__(self) -> None:
-        # Leaves of their own: the encoder's graph is entered once, after the whole chain has been walked.
-        self.embeds = self.embeds.detach().requires_grad_()
-        self.null = self.null.detach().requires_grad_()
-        self._inputs: list[Tensor] = []
-        self._outputs: list[Tensor] = []
+    def forward(self, state: State) -> Float[Tensor, "b c h w"]:
+        """Clean latents at each row's end, a leaf to differentiate decoder and rewards with respect to."""
+        final = torch.zeros_like(state.latents)
+        for index in range(self.plan.start, self.plan.num_steps):
+            step = self.guided.schedule[index]
+            output = torch.zeros_like(state.latents)
+            self._calls.append([])
+            for call in self._calls_at(index, state.latents):
+                kept = bool(call.leaves) and index >= self.plan.num_steps - self.kept
+                found = self._run(call, with_graph=kept)
+                output[call.rows] = found.detach()
+                if call.leaves:
+                    call.output = found if kept else None
+                    self._calls[-1].append(call)
+            x0 = step.x0(state.latents, output)
+            if self.plan.jumps:
+                final = torch.where(_column(self.plan.end == index, x0), x0, final)
+            state = State(step.advance(state.latents, x0, state.x0), x0)
+        return (final if self.plan.jumps else state.latents).requires_grad_()
 
-    def forward(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Final latents, a leaf whose `.grad` the decoder and the rewards fill."""
-        for index in range(self.window.start, self.guided.num_steps):
-            self._inputs.append(latents.detach().requires_grad_())
-            with torch.set_grad_enabled(not self.recompute):
-                output = self._step(index)
-            self._outputs.append(output)
-            latents = output
-        return latents.detach().requires_grad_()
+    def backward(self, gradient: Float[Tensor, "b c h w"]) -> None:
+        """From dL/d(final latents) to the `.grad` of the tuned prompt and of the trained parameters.
 
-    def backward(self, gradient: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "1 n d"]]:
-        """From dL/d(final latents) to dL/d(embeddings) and dL/d(null embedding), summed over the window."""
-        total, total_null = torch.zeros_like(self.embeds), torch.zeros_like(self.null)
-        for index in reversed(range(self.window.start, self.guided.num_steps)):
-            kept = self._outputs.pop()
-            if self.recompute:
-                with torch.enable_grad():
-                    kept = self._step(index)
-            latents = self._inputs.pop()
-            leaves = [latents, self.embeds, self.null] if index in self.window else [latents]
-            gradient, *by_embeds = torch.autograd.grad(kept, leaves, gradient, allow_unused=True)
-            if by_embeds:
-                total += by_embeds[0]
-                total_null += by_embeds[1] if by_embeds[1] is not None else 0
-        return total, total_null
+        With G = dL/d(next latents) and H = dL/dx0 from the step after, one step's x0 receives `new * G + H`.
+        """
+        by_latents = torch.zeros_like(gradient) if self.plan.jumps else gradient
+        by_x0 = torch.zeros_like(gradient)
+        for index in reversed(range(self.plan.start, self.plan.num_steps)):
+            step = self.guided.schedule[index]
+            here = step.new * by_latents + by_x0
+            if self.plan.jumps:
+                here = here + _column(self.plan.end == index, gradient) * gradient
+            by_x0 = step.old * by_latents
+            by_latents = step.keep * by_latents + step.p * here
+            for call in self._calls.pop():
+                output = self._run(call, with_graph=True) if call.output is None else call.output
+                torch.autograd.backward(output, step.q * here[call.rows], inputs=call.leaves)
+                if call.latents.grad is not None:
+                    by_latents[call.rows] += call.latents.grad
 
-    def _step(self, index: int) -> Tensor:
-        embeds, null = (self.embeds, self.null) if index in self.window else self.after
-        return self.guided.step(self._inputs[index - self.window.start], embeds, null, index)
+    def _calls_at(self, index: int, latents: Tensor) -> Iterator[_Call]:
+        """The rows that still run, grouped by what their gradient needs of this step."""
+        alive, inside = self.plan.end >= index, self.plan.window[:, index]
+        passing = torch.zeros_like(alive) if self.direct else self.plan.first < index
+        for group, in_window, passes in (
+            (alive & inside, True, bool((passing & inside).any())),
+            (alive & ~inside & passing, False, True),
+            (alive & ~inside & ~passing, False, False),
+        ):
+            if not group.any():
+                continue
+            rows = slice(None) if group.all() else group.nonzero().flatten()
+            call = _Call(index, rows, in_window, latents[rows].detach(), [])
+            if in_window:
+                tensors = (*self.tuned.condition.tensors, *self.tuned.null.tensors, *self.trained)
+                call.leaves += [tensor for tensor in tensors if tensor.requires_grad]
+            if passes:
+                call.leaves.append(call.latents.requires_grad_())
+            yield call
+
+    def _run(self, call: _Call, *, with_graph: bool) -> Tensor:
+        with torch.set_grad_enabled(with_graph):
+            condition, null = self.tuned if call.inside else self.outside
+            timestep = self.guided.schedule[call.index].timestep
+            return self.guided.output(call.latents, Prompt(condition[call.rows], null), timestep)
+
+
+def _column(rows: Tensor, like: Tensor) -> Tensor:
+    return rows.to(like.device).view(-1, 1, 1, 1)

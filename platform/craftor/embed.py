@@ -1,24 +1,71 @@
-"""Token ids -> embeddings: the condition the UNet sees."""
+"""Token ids -> the condition that the UNet sees."""
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-
-def embed(text_encoder: nn.Module, input_ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
-    """Last hidden states after the final layer norm, as Stable Diffusion 1.x and 2.x use them."""
-    return text_encoder(input_ids=input_ids)[0]
+Ids = Mapping[str, Int[Tensor, "b n"]]
+"""Token ids by the name of the encoder that reads them: `text_encoder`, and `text_encoder_2` in SDXL."""
 
 
-def mix(embeds: list[Float[Tensor, "b n d"]], weights: list[float]) -> Float[Tensor, "b n d"]:
+@dataclass(frozen=True)
+class Condition:
+    """What text encoders make of prompts; of the empty prompt it has one row, which stands for all."""
+
+    embeds: Float[Tensor, "b n d"]
+    pooled: Float[Tensor, "b p"] | None = None
+    """SDXL: the second encoder's projected sentence embedding."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.embeds,) if self.pooled is None else (self.embeds, self.pooled)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Condition":
+        return Condition(*(function(tensor) for tensor in self.tensors))
+
+    def __len__(self) -> int:
+        return len(self.embeds)
+
+    def __getitem__(self, rows: slice | Tensor) -> "Condition":
+        return self.map(lambda tensor: tensor[rows])
+
+    def detach(self) -> "Condition":
+        return self.map(Tensor.detach)
+
+    def leaf(self) -> "Condition":
+        """The same numbers as leaves of a graph of their own, that collect gradient where these would."""
+        return self.map(lambda tensor: tensor.detach().requires_grad_(tensor.requires_grad))
+
+
+def embed(encoders: Mapping[str, nn.Module], ids: Ids) -> Condition:
+    """One encoder: last hidden states after the final layer norm (Stable Diffusion 1.x, 2.x).
+
+    Two: penultimate hidden states side by side, and the second's projected sentence embedding (SDXL).
+    """
+    if len(encoders) == 1:
+        ((name, encoder),) = encoders.items()
+        return Condition(encoder(input_ids=ids[name])[0])
+    outputs = [encoder(input_ids=ids[name], output_hidden_states=True) for name, encoder in encoders.items()]
+    return Condition(torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[-1].text_embeds)
+
+
+def mix(conditions: Sequence[Condition], weights: Sequence[float]) -> Condition:
     """Output-space mixture `sum_i w_i * E_i(prompt)`; a member of weight 0 leaves no trace, bit for bit.
 
     Raises ValueError unless there is one weight per member and the weights sum to 1.
     """
-    if len(embeds) != len(weights):
-        raise ValueError(f"{len(embeds)} encoders but {len(weights)} weights")
+    if len(conditions) != len(weights):
+        raise ValueError(f"{len(conditions)} encoders but {len(weights)} weights")
     if abs(sum(weights) - 1) > 1e-6:
-        raise ValueError(f"mixture weights {weights} sum to {sum(weights)}, allowed: 1")
-    members = [(e, w) for e, w in zip(embeds, weights, strict=True) if w != 0]
+        raise ValueError(f"mixture weights {list(weights)} sum to {sum(weights)}, allowed: 1")
+    members = [(c, w) for c, w in zip(conditions, weights, strict=True) if w != 0]
     if len(members) == 1:
         return members[0][0]
-    return sum((w * e for e, w in members[1:]), start=members[0][1] * members[0][0])
+    columns = zip(*(condition.tensors for condition, _ in members), strict=True)
+    weights = [weight for _, weight in members]
+    return Condition(
+        *(sum((w * t for t, w in zip(c[1:], weights[1:], strict=True)), weights[0] * c[0]) for c in columns)
+    )

@@ -16,16 +16,16 @@ import ray.data
 import torch
 from PIL import Image
 from rich.progress import track
-from torch import Tensor
-from transformers import CLIPTextModel
+from torch import Tensor, nn
 
-from craftor import objective, seeds
+from craftor import objective, seeds, trainable
 from craftor.decode import decode
-from craftor.diffuser import freeze, load
+from craftor.denoise import Prompt, State
+from craftor.diffuser import load
 from craftor.embed import embed
 from craftor.locate import locate
-from craftor.mixture import Condition, Member, sample_mixture
-from craftor.recipe import Evaluation, Recipe, RewardTuning
+from craftor.mixture import Member, sample_mixture
+from craftor.recipe import Evaluation, Recipe, Tuning
 from craftor.statistics import paired
 from craftor_micro.captions import Description
 from craftor_micro.referee import Referee
@@ -65,7 +65,7 @@ def evaluate(recipe: Recipe, tuned: Sequence[Tuned], out: Path, num_actors: int)
 
     The summary has `metrics` (name -> what `statistics.paired` gives, and `held_out`) and the `interpolation` curve.
     """
-    assert isinstance(recipe.task, RewardTuning) and recipe.evaluation is not None
+    assert isinstance(recipe.task, Tuning) and recipe.evaluation is not None
     (out / "samples").mkdir(parents=True, exist_ok=True)
     rows = ray.data.from_items(held_out_prompts(recipe.evaluation), override_num_blocks=num_actors * 2)
     scored = rows.map_batches(
@@ -93,16 +93,19 @@ class Scorer:
 
     def __init__(self, recipe: dict[str, Any], tuned: list[dict[str, Any]]) -> None:
         self.recipe = Recipe.model_validate(recipe)
-        assert isinstance(self.recipe.task, RewardTuning) and self.recipe.evaluation is not None
+        assert isinstance(self.recipe.task, Tuning) and self.recipe.evaluation is not None
         torch.set_num_threads(self.recipe.workers.threads)
         task = self.recipe.task
-        self.diffuser = load(self.recipe.model.path)
-        self.guided = self.diffuser.guided(task.rollout.num_steps, task.rollout.guidance_scale)
+        self.diffuser = load(self.recipe.model.model_copy(update={"precision": "fp32"}))
+        self.guided = self.diffuser.guided(task.rollout)
         self.rewards = {name: build_reward(r.kind, locate(r.weights)) for name, r in task.rewards.items()}
         self.clip = next(reward for reward in self.rewards.values() if isinstance(reward, ClipScore))
         self.weights = {name: r.weight for name, r in task.rewards.items() if not r.evaluation_only}
         self.tuned = [Tuned(t["folder"], t["weight"], tuple(t["steps"])) for t in tuned]
-        self.encoders = [freeze(CLIPTextModel.from_pretrained(t.folder, use_safetensors=True)) for t in self.tuned]
+        parts = [trainable.load(self.diffuser, Path(t.folder)) for t in self.tuned]
+        self.encoders = [{**self.diffuser.encoders, **{n: p for n, p in x.items() if n != "unet"}} for x in parts]
+        self.unets = [found["unet"] for found in parts if "unet" in found]
+        self.tuned_guided = self.diffuser.guided(task.rollout, self.unets[0]) if self.unets else self.guided
         self.referee = Referee.load(locate("micro:referee"))
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -127,27 +130,27 @@ class Scorer:
 
     @torch.no_grad()
     def _images(self, prompts: list[str], numbers: list[int], seed: int) -> dict[str, Tensor]:
-        ids = torch.cat([self.diffuser.tokenize([""]), self.diffuser.tokenize(prompts)])
-        base, *tuned = (
-            Condition(e[1:], e[:1]) for e in (embed(x, ids) for x in (self.diffuser.text_encoder, *self.encoders))
-        )
+        base, *tuned = (self._prompt(encoders, prompts) for encoders in (self.diffuser.encoders, *self.encoders))
         noise = torch.cat(
             [seeds.normal(self.recipe.seed, [seed], f"evaluation {n}", self.diffuser.latent_shape) for n in numbers]
         )
-        # The steps before any tuned encoder acts are the same for every variant.
-        fork = min(t.steps[0] for t in self.tuned)
-        common = sample_mixture(self.guided, noise, base, [], range(fork))
+        # The steps before any tuned encoder acts are the same for every variant, unless the UNet itself is another.
+        fork = 0 if self.unets else min(t.steps[0] for t in self.tuned)
+        common = sample_mixture(self.guided, State(noise), base, [], range(fork))
         strip = seed == 0 and min(numbers) < NUM_STRIPS
         variants = {"base": 0.0, "tuned": 1.0} | ({f"w{w}": w for w in STRIP_WEIGHTS[1:-1]} if strip else {})
         images = {}
         for variant, scale in variants.items():
             members = [
-                Member(condition, scale * t.weight, range(*t.steps))
-                for condition, t in zip(tuned, self.tuned, strict=True)
+                Member(prompt, scale * t.weight, range(*t.steps)) for prompt, t in zip(tuned, self.tuned, strict=True)
             ]
-            latents = sample_mixture(self.guided, common, base, members, range(fork, self.guided.num_steps))
-            images[variant] = decode(self.diffuser.vae, latents)
+            guided = self.tuned_guided if scale else self.guided
+            final = sample_mixture(guided, common, base, members, range(fork, guided.num_steps))
+            images[variant] = decode(self.diffuser.vae, final.latents)
         return images
+
+    def _prompt(self, encoders: dict[str, nn.Module], prompts: list[str]) -> Prompt:
+        return Prompt(embed(encoders, self.diffuser.tokenize(prompts)), self.diffuser.null(encoders))
 
     @torch.no_grad()
     def _scores(self, images: Tensor, prompts: list[str], descriptions: list[dict | None]) -> dict[str, Tensor]:
@@ -158,7 +161,7 @@ class Scorer:
         return scores
 
 
-def summarise(images: list[dict[str, Any]], task: RewardTuning) -> dict[str, Any]:
+def summarise(images: list[dict[str, Any]], task: Tuning) -> dict[str, Any]:
     """Paired statistics over prompts and seeds, diversity within prompts, and the interpolation curve."""
     trained = {name for name, reward in task.rewards.items() if not reward.evaluation_only} | {"total"}
     bookkeeping = ("number", "prompt", "seed", "variant", "feature", "png", "image")

@@ -1,13 +1,16 @@
 """The training loop on Ray Train: task-blind, exact under restarts, the same for any number of workers.
 
-The only file that imports `ray.train`. Each worker computes its slice of every global batch; DistributedDataParallel
-averages the gradient; worker 0 writes metrics (one JSON line a step) and checkpoints into the run's folder.
+The only file that imports `ray.train`. Each worker computes its slice of every global batch and the gradients are
+averaged once, after the whole backward pass: a step enters its modules many times and by parts, which hooks that
+average during one `backward()` cannot follow. Worker 0 writes metrics (one JSON line a step) and checkpoints into the
+run's folder.
 """
 
 import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +18,23 @@ import ray
 import ray.train
 import torch
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer, prepare_model
+from ray.train.torch import TorchTrainer, get_device
 from torch import Tensor, nn
 
-from craftor import checkpoint, stream
+from craftor import checkpoint, stage, stream
 from craftor.pictures import save_sheet
-from craftor.recipe import Optimizer, Recipe
+from craftor.recipe import Optimizer, Recipe, RewardTuning
 from craftor.tasks import Task, build
 
 METRICS, FAILURE = "metrics.jsonl", "failure.json"
+BUCKET = 25_000_000
 
 
 class TrainingStopped(RuntimeError):
     """A sample whose loss or reward is not finite; the message says which, the last checkpoint stands."""
 
 
-def fit(recipe: Recipe, run_dir: Path, rows: Path, num_rows: int) -> Path:
+def fit(recipe: Recipe, run_dir: Path, rows: Path | str, num_rows: int) -> Path:
     """Train until `run.num_steps`, from the run's last checkpoint if it has one; returns the final checkpoint.
 
     Raises TrainingStopped when a sample's loss is not finite.
@@ -44,6 +48,7 @@ def fit(recipe: Recipe, run_dir: Path, rows: Path, num_rows: int) -> Path:
         train_loop_config={
             "recipe": recipe.model_dump(by_alias=True),
             "run_dir": str(run_dir.resolve()),
+            "rows": str(rows.resolve()) if isinstance(rows, Path) else rows,
             "num_rows": num_rows,
         },
         scaling_config=ScalingConfig(num_workers=recipe.workers.num),
@@ -71,41 +76,43 @@ def train_worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
 
-    task = build(recipe)
+    task = build(recipe, get_device())
     task.assert_frozen()
-    module = prepare_model(task.module)
-    parameters = [p for p in task.module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
-    original = {name: p.detach().clone() for name, p in task.module.named_parameters()}
+    trained = checkpoint.trained(task.module)
+    groups = [
+        {"params": [p for p in part.parameters() if p.requires_grad], "base_lr": task.rates.get(name) or settings.lr}
+        for name, part in task.module.items()
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
+    original = {name: p.detach().clone() for name, p in trained.items()}
     average = {name: p.clone() for name, p in original.items()} if settings.ema_decay else None
     step = 0
     if (last := checkpoint.latest(run_dir)) is not None:
         step = checkpoint.restore(last, module=task.module, optimizer=optimizer, average=average)
     log = MetricsLog(run_dir / METRICS, step) if rank == 0 else None
-    shares = stream.batches(
-        ray.train.get_dataset_shard("rows"),
-        num_rows=config["num_rows"],
-        batch_size=recipe.run.batch_size,
-        rank=rank,
-        world_size=world_size,
-        start_step=step,
-    )
+    shares = open_stream(recipe, config, rank, world_size, step)
     started = time.perf_counter()
     while step < recipe.run.num_steps:
         rows = next(shares)
         optimizer.zero_grad()
-        metrics = gather(task.step(module, rows), world_size)
+        metrics = gather(accumulate(task, rows, recipe.run.micro_batch), world_size)
         if not all(values.isfinite().all() for values in metrics.values()):
             report_failure(run_dir, rows, recipe, metrics, rank)
             return
-        norm = nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+        average_gradients(list(trained.values()), world_size)
+        norm = nn.utils.clip_grad_norm_(trained.values(), settings.clip_norm)
+        if not norm.isfinite():
+            report_gradient(run_dir, step, norm, rank)
+            return
         for group in optimizer.param_groups:
-            group["lr"] = settings.lr * lr_factor(settings, step, recipe.run.num_steps)
+            group["lr"] = group["base_lr"] * lr_factor(settings, step, recipe.run.num_steps)
         optimizer.step()
         update_average(average, task.module, settings.ema_decay, step)
         step += 1
         if step == 1:
             task.assert_frozen()
+            idle = [name for name, p in trained.items() if p.grad is None]
+            assert not idle, f"no gradient reaches {idle}: it would not train"
         if log is not None:
             now = time.perf_counter()
             log.write(
@@ -121,6 +128,41 @@ def train_worker(config: dict[str, Any]) -> None:
                 save(recipe, run_dir, step, task, optimizer, average)
 
 
+def open_stream(
+    recipe: Recipe, config: dict[str, Any], rank: int, world_size: int, start_step: int
+) -> Iterator[stream.Rows]:
+    """The worker's shares of every batch from `start_step` on."""
+    ranks = {"rank": rank, "world_size": world_size, "start_step": start_step}
+    if isinstance(recipe.task, RewardTuning) and recipe.task.prefix.mode == "stage":
+        return stage.batches(recipe, Path(config["rows"]), num_rows=config["num_rows"], **ranks)
+    shard = ray.train.get_dataset_shard("rows")
+    return stream.batches(shard, num_rows=config["num_rows"], batch_size=recipe.run.batch_size, **ranks)
+
+
+def accumulate(task: Task, rows: stream.Rows, micro_batch: int | None) -> dict[str, Tensor]:
+    """One worker's share in parts of `micro_batch`; their gradients add up to that of the share's mean loss."""
+    parts = [(part, len(part.position) / len(rows.position)) for part in rows.split(micro_batch)]
+    metrics = [task.step(part, share) for part, share in parts]
+    return {name: torch.cat([m[name] for m in metrics]) for name in metrics[0]}
+
+
+def average_gradients(parameters: list[nn.Parameter], world_size: int) -> None:
+    """Mean of every gradient over the workers, in flat messages of some 100 MB."""
+    if world_size == 1:
+        return
+    bucket: list[Tensor] = []
+    for i, parameter in enumerate(parameters):
+        assert parameter.grad is not None, "a trained parameter without gradient"
+        bucket.append(parameter.grad)
+        if sum(gradient.numel() for gradient in bucket) >= BUCKET or i == len(parameters) - 1:
+            flat = torch.cat([gradient.flatten() for gradient in bucket])
+            torch.distributed.all_reduce(flat)
+            mean = (flat / world_size).split([gradient.numel() for gradient in bucket])
+            for gradient, part in zip(bucket, mean, strict=True):
+                gradient.copy_(part.view_as(gradient))
+            bucket = []
+
+
 def save(
     recipe: Recipe,
     run_dir: Path,
@@ -134,7 +176,7 @@ def save(
         save_sheet(images, run_dir / "samples" / f"step-{step:06d}.png")
 
     def save_module(folder: Path) -> None:
-        current = {name: p.detach().clone() for name, p in task.module.named_parameters()}
+        current = {name: p.detach().clone() for name, p in checkpoint.trained(task.module).items()}
         task.module.load_state_dict(average or current, strict=False)
         task.save(folder)
         task.module.load_state_dict(current, strict=False)
@@ -176,14 +218,14 @@ def update_average(average: dict[str, Tensor] | None, module: nn.Module, decay: 
     if average is None or decay is None:
         return
     weight = 1 - min(decay, (1 + step) / (10 + step))
-    for name, parameter in module.named_parameters():
+    for name, parameter in checkpoint.trained(module).items():
         average[name].lerp_(parameter, weight)
 
 
 @torch.no_grad()
 def drift(module: nn.Module, original: dict[str, Tensor]) -> float:
     """Relative distance of the weights from where they started."""
-    moved = sum((p - original[name]).square().sum().item() for name, p in module.named_parameters())
+    moved = sum((p - original[name]).square().sum().item() for name, p in checkpoint.trained(module).items())
     size = sum(value.square().sum().item() for value in original.values())
     return math.sqrt(moved / size)
 
@@ -204,6 +246,16 @@ def report_failure(run_dir: Path, rows: stream.Rows, recipe: Recipe, metrics: di
             )
             write_json(run_dir / FAILURE, {"message": message, "prompt": prompt, "sample": rows.position[row]})
             return
+
+
+def report_gradient(run_dir: Path, step: int, norm: Tensor, rank: int) -> None:
+    """All scores are finite but their gradient is not."""
+    if rank == 0:
+        message = (
+            f"the gradient's norm is {norm.item()} at step {step + 1} though every score is finite: the window reaches "
+            'too far back for this precision; fewer steps, or gradient_path = "direct"; the last checkpoint stands'
+        )
+        write_json(run_dir / FAILURE, {"message": message})
 
 
 def write_json(path: Path, data: dict) -> None:

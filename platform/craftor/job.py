@@ -11,14 +11,14 @@ from pathlib import Path
 
 import tomli_w
 
-from craftor import checkpoint, preflight, prompts, registry, tracking
+from craftor import checkpoint, inputs, preflight, registry, tracking
 from craftor.cluster import ray_session
 from craftor.console import follow
 from craftor.diffuser import load as load_diffuser
 from craftor.fit import METRICS, TrainingStopped, fit, write_json
 from craftor.locate import absolute
 from craftor.prompts import Prepared
-from craftor.recipe import Recipe, RecipeError, RewardTuning
+from craftor.recipe import Recipe, RecipeError
 from craftor.recipe import load as load_recipe
 
 
@@ -47,7 +47,7 @@ def train(recipe: Recipe, source: Path, run_dir: Path) -> Trained:
         tomli_w.dumps(recipe.model_dump(by_alias=True, exclude_none=True, mode="json"))
     )
     with ray_session(recipe.workers.num):
-        prepared = _prepare(recipe, run_dir)
+        prepared = inputs.prepare(recipe, run_dir)
         tracker = tracking.Tracker.start(connected, recipe, prepared)
         write_json(run_dir / "run.json", {"mlflow_run_id": tracker.run_id, "digest": prepared.digest, "seconds": 0.0})
         return _train(recipe, run_dir, prepared, tracker)
@@ -63,10 +63,10 @@ def resume(run_dir: Path) -> Trained:
     with ray_session(recipe.workers.num):
         if (run_dir / "run.json").is_file():
             state = json.loads((run_dir / "run.json").read_text())
-            prepared = _prepared_earlier(recipe, run_dir, state["digest"])
+            prepared = inputs.prepared_earlier(recipe, run_dir, state["digest"])
             tracker = tracking.Tracker(connected, state["mlflow_run_id"])
         else:  # killed before training began
-            prepared = _prepare(recipe, run_dir)
+            prepared = inputs.prepare(recipe, run_dir)
             tracker = tracking.Tracker.start(connected, recipe, prepared)
             write_json(
                 run_dir / "run.json", {"mlflow_run_id": tracker.run_id, "digest": prepared.digest, "seconds": 0.0}
@@ -116,7 +116,7 @@ def _conclude(recipe: Recipe, run_dir: Path, final: Path, tracker: tracking.Trac
         if (run_dir / "samples").is_dir():
             tracker.artifacts(run_dir / "samples", "samples")
         if recipe.register_as and registered is None:
-            bundle = registry.write_bundle(recipe, load_diffuser(recipe.model.path), final, run_dir / "bundle")
+            bundle = registry.write_bundle(recipe, load_diffuser(recipe.model), final, run_dir / "bundle")
             registered = registry.register(tracker.client, tracker, recipe, bundle, recipe.run.num_steps)
             write_json(run_dir / "run.json", {**state, "registered": registered})
         tracker.finish()
@@ -134,26 +134,3 @@ def _log_earlier_lines(run_dir: Path, tracker: tracking.Tracker) -> int:
         for line in (run_dir / METRICS).read_text().splitlines()[:done]:
             tracker.log(json.loads(line))
     return done
-
-
-def _prepare(recipe: Recipe, run_dir: Path) -> Prepared:
-    """Prompts are read into the run's folder; image-caption pairs are prepared Parquet already."""
-    if not isinstance(recipe.task, RewardTuning):
-        return prompts.describe(Path(recipe.data.path))
-    # Saved first, because a hub id has no folder of its own for the tokenizing actor to read.
-    load_diffuser(recipe.model.path).tokenizer.save_pretrained(run_dir / "tokenizer")
-    try:
-        return prompts.prepare(recipe.data, (run_dir / "tokenizer").resolve(), run_dir / "rows")
-    except ValueError as error:
-        raise RecipeError(f"{run_dir / 'recipe.toml'}: {error}") from None
-
-
-def _prepared_earlier(recipe: Recipe, run_dir: Path, digest: str) -> Prepared:
-    folder = run_dir / "rows" if isinstance(recipe.task, RewardTuning) else Path(recipe.data.path)
-    prepared = prompts.describe(folder)
-    if prepared.digest != digest:
-        raise RecipeError(
-            f"{folder}: its prompts have sha256 {prepared.digest[:16]}, but the run began with {digest[:16]}; "
-            "put the original rows back, or start a new run"
-        )
-    return prepared

@@ -3,7 +3,7 @@
 from importlib.resources import files
 from pathlib import Path
 
-from craftor.recipe import Recipe, RewardTuning
+from craftor.recipe import DirectTuning, Recipe, RewardTuning
 
 SCHEME = "micro:"
 
@@ -32,15 +32,20 @@ def absolute(recipe: Recipe) -> Recipe:
     def fix(path: str) -> str:
         return str(Path(path).resolve()) if Path(path).exists() else path
 
-    task, evaluation = recipe.task, recipe.evaluation
-    if isinstance(task, RewardTuning):
+    task, evaluation, encoder = recipe.task, recipe.evaluation, recipe.model.text_encoder
+    if isinstance(task, RewardTuning | DirectTuning):
         rewards = {name: r.model_copy(update={"weights": fix(r.weights)}) for name, r in task.rewards.items()}
         task = task.model_copy(update={"rewards": rewards})
+    if isinstance(task, RewardTuning) and task.prefix.cache is not None:
+        prefix = task.prefix.model_copy(update={"cache": fix(task.prefix.cache)})
+        task = task.model_copy(update={"prefix": prefix})
     if evaluation is not None:
         evaluation = evaluation.model_copy(update={"prompts": fix(evaluation.prompts)})
     return recipe.model_copy(
         update={
-            "model": recipe.model.model_copy(update={"path": fix(recipe.model.path)}),
+            "model": recipe.model.model_copy(
+                update={"path": fix(recipe.model.path), "text_encoder": encoder and fix(encoder)}
+            ),
             "data": recipe.data.model_copy(update={"path": fix(recipe.data.path)}),
             "task": task,
             "evaluation": evaluation,

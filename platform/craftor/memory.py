@@ -1,10 +1,12 @@
-"""Peak memory of this process and all its descendants, Ray's daemons and workers included."""
+"""Memory: the peak of this process and all its descendants, and what autograd's graphs hold."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import psutil
+import torch
+from torch import Tensor
 
 _INTERVAL_SECONDS = 2.0
 
@@ -42,3 +44,32 @@ def _proportional_gib() -> float:
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             continue  # it ended between listing and asking
     return total / 2**30
+
+
+class Graph:
+    """`bytes` is what a graph keeps for backward, each storage once."""
+
+    bytes = 0
+
+
+@contextmanager
+def graph_size(parameters: Iterable[Tensor] = ()) -> Iterator[Graph]:
+    """Count what the block's autograd graphs keep beyond `parameters`, which are there anyway."""
+    graph, seen = Graph(), {parameter.untyped_storage().data_ptr() for parameter in parameters}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            graph.bytes += storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        yield graph
+
+
+def resident_bytes(device: torch.device) -> int:
+    """Memory in use on the device: this process's resident set on CPU, what torch has allocated on CUDA."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return psutil.Process().memory_info().rss

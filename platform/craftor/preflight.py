@@ -9,7 +9,7 @@ from pathlib import Path
 import fsspec
 
 from craftor.locate import locate
-from craftor.recipe import Data, Evaluation, Recipe, RecipeError, RewardTuning
+from craftor.recipe import Data, DirectTuning, Evaluation, Recipe, RecipeError, RewardTuning
 
 _PROBE_BYTES = 1 << 20
 # Written out here so that a misspelt recipe is refused in a moment, without importing torch or Ray; tests hold these
@@ -22,9 +22,12 @@ def check(recipe: Recipe, source: Path) -> None:
     """Raise `RecipeError` naming the recipe file and the key whose value cannot work."""
     with _naming(source):
         check_model(recipe.model.path)
-        if isinstance(recipe.task, RewardTuning):
+        if recipe.model.text_encoder is not None and not Path(recipe.model.text_encoder).is_dir():
+            raise ValueError(f"model.text_encoder = {recipe.model.text_encoder!r}: no such folder")
+        if isinstance(recipe.task, RewardTuning | DirectTuning):
             for name, reward in recipe.task.rewards.items():
                 check_reward(f"task.rewards.{name}", reward.kind, reward.weights)
+        if isinstance(recipe.task, RewardTuning):
             check_prompts("data", recipe.data)
         elif not list(Path(locate(recipe.data.path)).glob("*.parquet")):
             raise ValueError(f"data.path = {recipe.data.path!r}: no folder with Parquet files of image-caption pairs")

@@ -5,7 +5,7 @@ The rows are written once into the run's folder, so a resumed run sees the same 
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -32,14 +32,18 @@ FORMATS: dict[str, Callable[..., ray.data.Dataset]] = {
 class Prepared:
     """Rows ready for training, and what identifies them."""
 
-    folder: Path
+    folder: Path | str
+    """Or the URL of a prefix cache."""
     num_rows: int
     digest: str
     """sha256 over the prompts in order."""
 
 
-def prepare(data: Data, tokenizer: str | Path, out: Path) -> Prepared:
-    """Write `index, prompt, input_ids` rows to `out`; `tokenizer` is a folder. Raises ValueError if none is left."""
+def prepare(data: Data, tokenizers: Mapping[str, str], out: Path) -> Prepared:
+    """Write `index, prompt` and token ids to `out`; `tokenizers` maps columns of ids to tokenizer folders.
+
+    Raises ValueError if no prompt is left.
+    """
     source = locate(data.path)
     filesystem, path = fsspec.core.url_to_fs(source)
     local = filesystem.protocol in ("file", ("file", "local"))
@@ -47,7 +51,7 @@ def prepare(data: Data, tokenizer: str | Path, out: Path) -> Prepared:
     column = "prompt" if suffix(source) == ".txt" else data.column
     light = {"compute": ray.data.ActorPoolStrategy(size=1), "batch_size": 4096, "num_cpus": 0.1}
     rows = rows.map_batches(Number, fn_constructor_args=(data, column), **light)
-    rows = rows.map_batches(Tokenize, fn_constructor_args=(str(tokenizer),), **light)
+    rows = rows.map_batches(Tokenize, fn_constructor_args=(dict(tokenizers),), **light)
     shutil.rmtree(out, ignore_errors=True)
     rows.write_parquet(str(out))
     prepared = describe(out)
@@ -104,15 +108,20 @@ class Number:
 
 
 class Tokenize:
-    """Add `input_ids`, padded or cut to the tokenizer's length."""
+    """Add a column of ids for each tokenizer, padded or cut to its length."""
 
-    def __init__(self, tokenizer: str) -> None:
-        self.tokenizer = CLIPTokenizer.from_pretrained(tokenizer)
+    def __init__(self, tokenizers: Mapping[str, str]) -> None:
+        self.tokenizers = {name: CLIPTokenizer.from_pretrained(folder) for name, folder in tokenizers.items()}
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        length = self.tokenizer.model_max_length
         prompts = [str(prompt) for prompt in batch["prompt"]]
+        ids = {name: self._ids(tokenizer, prompts) for name, tokenizer in self.tokenizers.items()}
+        return {**batch, **ids}
+
+    @staticmethod
+    def _ids(tokenizer: CLIPTokenizer, prompts: list[str]) -> np.ndarray:
+        length = tokenizer.model_max_length
         if not prompts:
-            return {**batch, "input_ids": np.zeros((0, length), dtype=np.int32)}
-        ids = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=length).input_ids
-        return {**batch, "input_ids": np.array(ids, dtype=np.int32)}
+            return np.zeros((0, length), dtype=np.int32)
+        ids = tokenizer(prompts, padding="max_length", truncation=True, max_length=length).input_ids
+        return np.array(ids, dtype=np.int32)

@@ -15,7 +15,7 @@ from craftor.fit import write_json
 from craftor.job import Trained, train
 from craftor.locate import shipped_recipe
 from craftor.memory import peak_memory
-from craftor.recipe import Recipe, RecipeError, RewardTuning, load
+from craftor.recipe import Recipe, RecipeError, Tuning, load
 from craftor.report import write_report
 from craftor.tracking import Tracker, client
 
@@ -38,18 +38,24 @@ def evaluate_runs(runs: Sequence[Path], out: Path, num_actors: int) -> dict[str,
     for run in runs:
         recipe = load_run(run)
         first = first or recipe
-        assert isinstance(recipe.task, RewardTuning)
+        assert isinstance(recipe.task, Tuning)
         if recipe.evaluation is None:
             raise RecipeError(f"{run / 'recipe.toml'}: has no [evaluation] section")
         last = checkpoint.latest(run)
         if last is None:
             raise RecipeError(f"{run}: no complete checkpoint to evaluate")
-        window = recipe.task.window.steps(recipe.task.rollout.num_steps)
-        start = window.start if recipe.evaluation.use_from is None else recipe.evaluation.use_from
-        tuned.append(Tuned(str((last / "text_encoder").resolve()), recipe.evaluation.weight, (start, window.stop)))
+        tuned.append(Tuned(str(last.resolve()), recipe.evaluation.weight, used_steps(recipe)))
     assert first is not None
     with ray_session(num_actors):
         return evaluate(first, tuned, out, num_actors)
+
+
+def used_steps(recipe: Recipe) -> tuple[int, int]:
+    """The denoising steps in which a tuned encoder acts."""
+    assert isinstance(recipe.task, Tuning)
+    use_from = recipe.evaluation.use_from if recipe.evaluation else None
+    acts = recipe.task.acts()
+    return (acts.start if use_from is None else use_from, acts.stop)
 
 
 def load_run(run: Path) -> Recipe:

@@ -5,7 +5,6 @@ the window) + `manifest.json` (sha256 of each file). It is an MLflow logged mode
 generic loader of MLflow ever unpickles or imports anything for it.
 """
 
-import hashlib
 import json
 import shutil
 from pathlib import Path, PurePosixPath
@@ -17,20 +16,30 @@ from mlflow.tracking import MlflowClient
 
 from craftor import __version__, checkpoint
 from craftor.diffuser import Diffuser
-from craftor.recipe import Recipe, RewardTuning
+from craftor.prefix_cache import weights_digest
+from craftor.recipe import Recipe, Tuning
 from craftor.tracking import Tracker
 
 FLAVOR = "craftor_encoder"
 _ALLOWED = ("encoder.toml", checkpoint.MANIFEST, "MLmodel")
-_ALLOWED_FOLDERS = {"text_encoder": (".json", ".safetensors"), "tokenizer": (".json", ".txt")}
+_ALLOWED_FOLDERS = {
+    "text_encoder": (".json", ".safetensors"),
+    "text_encoder_2": (".json", ".safetensors"),
+    "unet": (".json", ".safetensors"),
+    "lora": (".safetensors",),
+    "tokenizer": (".json", ".txt"),
+    "tokenizer_2": (".json", ".txt"),
+}
 
 
 def write_bundle(recipe: Recipe, diffuser: Diffuser, trained: Path, out: Path) -> Path:
     """Collect the trained encoder of a checkpoint, its tokenizer and its description into `out`."""
-    assert isinstance(recipe.task, RewardTuning)
+    assert isinstance(recipe.task, Tuning)
     shutil.rmtree(out, ignore_errors=True)
-    shutil.copytree(trained / "text_encoder", out / "text_encoder")
-    diffuser.tokenizer.save_pretrained(out / "tokenizer")
+    for folder in (folder for folder in _ALLOWED_FOLDERS if (trained / folder).is_dir()):
+        shutil.copytree(trained / folder, out / folder)
+    for name, tokenizer in diffuser.tokenizers.items():
+        tokenizer.save_pretrained(out / name.replace("text_encoder", "tokenizer"))
     (out / "encoder.toml").write_text(tomli_w.dumps(describe(recipe, diffuser)))
     (out / checkpoint.MANIFEST).write_text(json.dumps(checkpoint.digests(out), indent=2))
     return out
@@ -38,14 +47,14 @@ def write_bundle(recipe: Recipe, diffuser: Diffuser, trained: Path, out: Path) -
 
 def describe(recipe: Recipe, diffuser: Diffuser) -> dict:
     """The content of `encoder.toml`. The window is in timesteps, so that it means the same for any number of steps."""
-    assert isinstance(recipe.task, RewardTuning)
+    assert isinstance(recipe.task, Tuning)
     rollout, rewards = recipe.task.rollout, recipe.task.rewards
-    steps = recipe.task.window.steps(rollout.num_steps)
-    timesteps = diffuser.guided(rollout.num_steps, rollout.guidance_scale).scheduler.timesteps.tolist()
+    steps = recipe.task.acts()
+    timesteps = [step.timestep for step in diffuser.guided(rollout).schedule]
     return {
         "name": recipe.name,
         "craftor": __version__,
-        "base": {"model": recipe.model.path, "text_encoder_sha256": _weights_digest(diffuser)},
+        "base": {"model": recipe.model.path, "text_encoder_sha256": weights_digest([diffuser.text_encoder])},
         "rewards": {name: {"kind": r.kind, "weight": r.weight} for name, r in rewards.items() if r.weight},
         "window": {"first_timestep": timesteps[steps.start], "last_timestep": timesteps[steps.stop - 1]},
     }
@@ -97,12 +106,3 @@ def verify_bundle(folder: Path) -> None:
         if str(name) not in _ALLOWED and not inside:
             raise ValueError(f"{path}: not a file of an encoder bundle")
     checkpoint.verify(folder)
-
-
-def _weights_digest(diffuser: Diffuser) -> str:
-    """sha256 over names, shapes and values of the base text encoder."""
-    digest = hashlib.sha256()
-    for name, value in sorted(diffuser.text_encoder.state_dict().items()):
-        digest.update(f"{name}{tuple(value.shape)}".encode())
-        digest.update(value.detach().float().numpy().tobytes())
-    return digest.hexdigest()

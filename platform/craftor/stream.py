@@ -8,8 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import ray.data
+import torch
+from torch import Tensor
+
+IDS = "input_ids"
+"""Column of the first encoder's token ids; the second's is `input_ids_2`."""
 
 
 @dataclass(frozen=True)
@@ -19,10 +25,25 @@ class Rows:
     position: list[int]
     columns: dict[str, np.ndarray]
 
+    def ids(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Token ids by the encoder that reads them."""
+        found = {name: column for name, column in self.columns.items() if name.startswith(IDS)}
+        return {
+            name.replace(IDS, "text_encoder"): torch.from_numpy(ids).long().to(device) for name, ids in found.items()
+        }
 
-def read(folder: Path) -> ray.data.Dataset:
-    """The prepared rows, in order of their `index` column."""
-    return ray.data.read_parquet(sorted(str(path) for path in folder.glob("*.parquet")))
+    def split(self, size: int | None) -> "Iterator[Rows]":
+        """Parts of at most `size` samples, in order."""
+        for start in range(0, len(self.position), size or len(self.position)):
+            part = slice(start, start + (size or len(self.position)))
+            yield Rows(self.position[part], {name: column[part] for name, column in self.columns.items()})
+
+
+def read(folder: Path | str) -> ray.data.Dataset:
+    """The prepared rows of a folder or fsspec URL, in order of their `index` column."""
+    filesystem, path = fsspec.core.url_to_fs(str(folder))
+    local = filesystem.protocol in ("file", ("file", "local"))
+    return ray.data.read_parquet(sorted(filesystem.glob(f"{path}/*.parquet")), filesystem=None if local else filesystem)
 
 
 def batches(

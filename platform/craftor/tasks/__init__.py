@@ -1,8 +1,10 @@
 """Tasks: what one optimiser step computes. `fit` knows only this protocol."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from craftor.recipe import Recipe
@@ -10,13 +12,16 @@ from craftor.stream import Rows
 
 
 class Task(Protocol):
-    module: nn.Module
-    """What trains; every other part is frozen."""
+    module: nn.ModuleDict
+    """The parts of the pipeline that train, by name; all others are frozen."""
+    rates: Mapping[str, float | None]
+    """Learning rates of parts that have their own."""
 
-    def step(self, module: nn.Module, rows: Rows) -> dict[str, Tensor]:
-        """Forward and backward for one slice of a batch, through `module` (perhaps wrapped for several workers).
+    def step(self, rows: Rows, share: float = 1.0) -> dict[str, Tensor]:
+        """Forward and backward for a slice of a batch.
 
-        Leaves the gradient of the mean loss over the slice in the parameters; returns per-sample metrics, `loss` first.
+        Adds the gradient of `share` times the slice's mean loss to the parameters; returns per-sample metrics, `loss`
+        first.
         """
         ...
 
@@ -25,7 +30,7 @@ class Task(Protocol):
         ...
 
     def save(self, folder: Path) -> None:
-        """Write `module` into `folder` as the pipeline layout has it: `text_encoder/` or `unet/`."""
+        """Write what trains into `folder` as the pipeline layout has it: `text_encoder/`, `unet/`, `lora/`."""
         ...
 
     def assert_frozen(self) -> None:
@@ -33,12 +38,16 @@ class Task(Protocol):
         ...
 
 
-def build(recipe: Recipe) -> Task:
-    """The task a recipe names, with its models loaded."""
+def build(recipe: Recipe, device: torch.device | str = "cpu") -> Task:
+    """The task a recipe names, with its models on a device."""
     if recipe.task.kind == "reward_tuning":
         from craftor.tasks.reward_tuning import RewardTuningTask
 
-        return RewardTuningTask(recipe)
+        return RewardTuningTask(recipe, device)
+    if recipe.task.kind == "direct_tuning":
+        from craftor.tasks.direct_tuning import DirectTuningTask
+
+        return DirectTuningTask(recipe, device)
     from craftor.tasks.denoising import DenoisingTask
 
-    return DenoisingTask(recipe)
+    return DenoisingTask(recipe, device)

@@ -1,85 +1,145 @@
-"""Prompts -> rewards -> gradient for the text encoder (TextCraftor, section 3.2.2 and algorithm 1)."""
+"""Prompts -> rewards -> gradient for text encoder or UNet (TextCraftor, section 3.2.2 and algorithm 1)."""
 
-import copy
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from transformers import CLIPTextModel
+from torch import Tensor
 
-from craftor import objective, seeds
+from craftor import objective, prefix, seeds, trainable
 from craftor.decode import decode, saturated
-from craftor.denoise import Chain, sample
+from craftor.denoise import Chain, Prompt, State, sample
 from craftor.diffuser import assert_frozen, load
-from craftor.embed import embed
-from craftor.locate import locate
+from craftor.embed import Condition, embed
+from craftor.plan import Plan, plan
+from craftor.prefix_cache import read_manifest
 from craftor.recipe import Recipe, RewardTuning
+from craftor.replay import kept_steps, measure_kept_steps
+from craftor.scoring import Scoring
+from craftor.solver import add_noise
 from craftor.stream import Rows
-from craftor_rewards import build as build_reward
 
 
 class RewardTuningTask:
-    """The original encoder conditions the prefix, the trained one the window; only the latter learns."""
+    """The original encoder conditions the steps outside the window, the trained one those inside."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, device: torch.device | str = "cpu") -> None:
         assert isinstance(recipe.task, RewardTuning)
-        settings, self.seed = recipe.task, recipe.seed
-        self.diffuser = load(recipe.model.path)
-        self.guided = self.diffuser.guided(
-            settings.rollout.num_steps, settings.rollout.guidance_scale, bf16=recipe.model.precision == "bf16"
-        )
-        self.window = settings.window.steps(settings.rollout.num_steps)
-        self.recompute = settings.window.recompute
-        self.rewards = {n: build_reward(r.kind, locate(r.weights)) for n, r in settings.rewards.items() if r.weight}
-        self.weights = {name: settings.rewards[name].weight for name in self.rewards}
-        for name, reward in self.rewards.items():
-            if not reward.differentiable:
-                raise ValueError(f"task.rewards.{name}: not differentiable, so it cannot be backpropagated")
-        # Dropout stays off: the trained encoder starts as an exact copy of the original.
-        self.module: CLIPTextModel = copy.deepcopy(self.diffuser.text_encoder).requires_grad_(True)
-        self.images: Tensor | None = None
+        self.settings, self.seed = recipe.task, recipe.seed
+        self.diffuser = load(recipe.model, device)
+        before = trainable.load(self.diffuser, Path(recipe.model.text_encoder)) if recipe.model.text_encoder else {}
+        self.module = trainable.make(self.diffuser, self.settings.train.parts, recipe.seed, before)
+        self.rates: Mapping[str, float | None] = {name: part.lr for name, part in self.settings.train.parts.items()}
+        # Steps inside the window see what trains, beside what was tuned before, beside the base's own.
+        known = {**self.diffuser.encoders, **before, **dict(self.module.items())}
+        self.tuned = {name: known[name] for name in self.diffuser.encoders}
+        unet = known.get("unet")
+        self.guided = self.diffuser.guided(self.settings.rollout, unet)
+        self.unet_parameters = [p for p in unet.parameters() if p.requires_grad] if unet is not None else []
+        self.scoring = Scoring(self.settings.rewards, self.diffuser.device)
         self.null_ids = self.diffuser.tokenize([""])
+        self.span = self.settings.window.span(self.guided.num_steps)
+        self.direct = self.settings.window.gradient_path == "direct"
+        self.outside_is_tuned = self.settings.window.outside == "tuned"
+        self.kept = kept_steps(self.settings.window, self.guided.num_steps)
+        cache = self.settings.prefix.cache
+        self.prefix_stop = read_manifest(cache)["stop"] if cache else self.span.start
+        self.images: Tensor | None = None
 
     def pictures(self) -> Tensor | None:
         return self.images
 
     def save(self, folder: Path) -> None:
-        self.module.save_pretrained(folder / "text_encoder", safe_serialization=True)
+        trainable.save(self.module, self.settings.train.parts, folder)
 
     def assert_frozen(self) -> None:
-        for name in ("text_encoder", "unet", "vae"):
-            assert_frozen(getattr(self.diffuser, name), name)
-        for name, reward in self.rewards.items():
-            if isinstance(reward, nn.Module):
-                assert_frozen(reward, name)
+        for name, part in {**self.diffuser.encoders, "unet": self.diffuser.unet, "vae": self.diffuser.vae}.items():
+            assert_frozen(part, name)
+        self.scoring.assert_frozen()
 
-    def step(self, module: nn.Module, rows: Rows) -> dict[str, Tensor]:
-        ids = torch.cat([self.null_ids, torch.from_numpy(rows.columns["input_ids"]).long()])
-        noise = seeds.normal(self.seed, rows.position, "noise", self.diffuser.latent_shape)
+    def step(self, rows: Rows, share: float = 1.0) -> dict[str, Tensor]:
+        prompts = [str(prompt) for prompt in rows.columns["prompt"]]
+        original, tuned = self._embed(rows)
+        outside = Prompt(tuned.condition.detach(), tuned.null.detach()) if self.outside_is_tuned else original
+        where = plan(self.settings.window, self.guided.num_steps, self.seed, rows.position)
+        state = self._prefix(rows, outside, where.start)
+        anchor = self.settings.anchor * (tuned.condition.embeds - original.condition.embeds).square().mean()
+        if self.settings.window.copies > 1:
+            state, where, prompts, tuned, outside = self._copies(rows, state, where, prompts, tuned, outside)
 
-        with torch.no_grad():
-            null, original = embed(self.diffuser.text_encoder, ids).split([1, len(ids) - 1])
-        tuned_null, tuned = embed(module, ids).split([1, len(ids) - 1])
-        latents = sample(self.guided, noise, original, null, range(self.window.start))
-        chain = Chain(self.guided, tuned, tuned_null, (original, null), self.window, self.recompute)
-        final = chain.forward(latents)
+        tuned_leaves = Prompt(tuned.condition.leaf(), self._null(tuned, original))
+        kept = self._kept_steps(state, tuned_leaves, prompts, where)
+        chain = Chain(self.guided, where, tuned_leaves, outside, self.direct, kept, self.unet_parameters)
+        final = chain.forward(state)
         images = decode(self.diffuser.vae, final)
-        scores, image_gradient = self._score(images.detach(), list(rows.columns["prompt"]))
-        self.images = images.detach()
+        scores, image_gradient = self.scoring(images, prompts, share)
         (final_gradient,) = torch.autograd.grad(images, final, image_gradient)
-        gradient, null_gradient = chain.backward(final_gradient)
-        torch.autograd.backward([tuned, tuned_null], [gradient, null_gradient])
+        chain.backward(final_gradient)
+        self._into_encoders(tuned, tuned_leaves, share * anchor)
 
-        total = objective.total(scores, self.weights)
-        return {"loss": -total, "total": total, **scores, "saturated": saturated(images.detach())}
+        self.images = images.detach()
+        total = objective.total(scores, self.scoring.weights)
+        metrics = {"loss": -total, "total": total, **scores, "saturated": saturated(self.images)}
+        return {name: values.view(-1, len(rows.position)).mean(dim=0) for name, values in metrics.items()}
 
-    def _score(self, images: Tensor, prompts: list[str]) -> tuple[dict[str, Tensor], Tensor]:
-        """Scores and dL/d(images); reward by reward, so that only one reward's graph is alive at a time."""
-        leaf = images.requires_grad_()
-        scores = {}
-        for name, reward in self.rewards.items():
-            score = reward(leaf, prompts)
-            objective.loss(score, self.weights[name]).backward()
-            scores[name] = score.detach()
-        assert leaf.grad is not None
-        return scores, leaf.grad
+    def _embed(self, rows: Rows) -> tuple[Prompt, Prompt]:
+        """The original encoders' prompt, and the trained ones' with its graph; the empty prompt is one more row."""
+        ids = rows.ids(self.diffuser.device)
+        if not self.diffuser.zero_null:
+            ids = {name: torch.cat([self.null_ids[name], ids[name]]) for name in ids}
+        with torch.no_grad():
+            original = self._split(embed(self.diffuser.encoders, ids))
+        return original, self._split(embed(self.tuned, ids))
+
+    def _split(self, condition: Condition) -> Prompt:
+        if self.diffuser.zero_null:
+            return Prompt(condition, condition[:1].map(torch.zeros_like))
+        return Prompt(condition[1:], condition[:1])
+
+    def _null(self, tuned: Prompt, original: Prompt) -> Condition:
+        policies = {"tuned": tuned.null.leaf, "tuned_no_grad": tuned.null.detach, "original": original.null.detach}
+        return policies[self.settings.window.null]()
+
+    def _prefix(self, rows: Rows, outside: Prompt, start: int) -> State:
+        """The state at the batch's first step with gradient; its early part is read where it was computed apart."""
+        shape, stop = self.diffuser.latent_shape, self.prefix_stop
+        if prefix.LATENTS in rows.columns:
+            state = prefix.read(rows, shape, self.diffuser.device)
+        else:
+            state = prefix.compute(self.guided, rows, outside, self.seed, shape, stop)
+        return sample(self.guided, state, outside, range(stop, start))
+
+    def _copies(
+        self, rows: Rows, state: State, where: Plan, prompts: list[str], tuned: Prompt, outside: Prompt
+    ) -> tuple[State, Plan, list[str], Prompt, Prompt]:
+        """DRaFT-LV: finish each sample without gradient, then noise it `copies` times to the last step."""
+        last, copies = self.guided.num_steps - 1, self.settings.window.copies
+        finished = sample(self.guided, state, outside, range(where.start, last + 1)).latents
+        shape = self.diffuser.latent_shape
+        noise = [seeds.normal(self.seed, rows.position, f"copy {copy}", shape) for copy in range(copies)]
+        again = torch.arange(len(prompts)).repeat(copies)
+        noisy = add_noise(self.guided.schedule[last], finished[again], torch.cat(noise).to(finished.device))
+        spread = [Prompt(prompt.condition[again], prompt.null) for prompt in (tuned, outside)]
+        return State(noisy), where[again], prompts * copies, spread[0], spread[1]
+
+    def _kept_steps(self, state: State, tuned: Prompt, prompts: list[str], where: Plan) -> int:
+        """Steps that keep their graph; measured at the first batch where the recipe leaves it open."""
+        if self.kept is None:
+            limit = self.settings.window.memory_limit_gib
+            assert limit is not None
+            self.kept = measure_kept_steps(
+                limit, self.guided, self.diffuser, self.scoring, state.latents, tuned, prompts, where.start
+            )
+        return self.kept
+
+    def _into_encoders(self, tuned: Prompt, leaves: Prompt, anchor: Tensor) -> None:
+        """What has collected at the embeddings, through the trained encoders: once, whatever the window."""
+        tensors, gradients = [anchor], [torch.ones_like(anchor)]
+        for condition, collected in zip(tuned, leaves, strict=True):
+            for tensor, leaf in zip(condition.tensors, collected.tensors, strict=True):
+                if leaf.grad is not None:
+                    tensors.append(tensor)
+                    gradients.append(leaf.grad)
+        if any(tensor.requires_grad for tensor in tensors):
+            reaching = [i for i, tensor in enumerate(tensors) if tensor.requires_grad]
+            torch.autograd.backward([tensors[i] for i in reaching], [gradients[i] for i in reaching])

@@ -1,0 +1,167 @@
+"""The `[task]` section of a recipe, by kind. Imports no torch."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from craftor.rollout import Rollout, Section, Window
+
+
+class Reward(Section):
+    kind: str
+    """A key of `craftor_rewards.REWARDS`."""
+    weights: str
+    """Folder or hub id of the reward's weights; `micro:NAME` is shipped."""
+    weight: float = Field(0.0, ge=0)
+    """Factor of the (unscaled) score in the objective."""
+    evaluation_only: bool = False
+
+    @model_validator(mode="after")
+    def _weight_or_evaluation_only(self) -> "Reward":
+        if self.evaluation_only == (self.weight > 0):
+            raise ValueError(
+                f"weight is {self.weight} and evaluation_only is {str(self.evaluation_only).lower()}; "
+                "allowed: weight > 0 for a trained reward, or evaluation_only = true with no weight"
+            )
+        return self
+
+
+class Part(Section):
+    """How one part of the pipeline trains."""
+
+    method: Literal["full", "lora"] = "full"
+    rank: int = Field(8, ge=1)
+    alpha: int | None = Field(None, ge=1)
+    """LoRA's scale times its rank; by default the rank, so the scale is 1."""
+    lr: float | None = Field(None, gt=0)
+    """Learning rate of this part, where it is not the optimizer's."""
+
+
+class Train(Section):
+    """What trains: the parts named here, and nothing else."""
+
+    text_encoder: Part | None = None
+    text_encoder_2: Part | None = None
+    """SDXL's second encoder."""
+    unet: Part | None = None
+
+    @model_validator(mode="after")
+    def _something(self) -> "Train":
+        if not self.parts:
+            raise ValueError("nothing trains; name at least one of text_encoder, text_encoder_2, unet")
+        return self
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        named = {"text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2, "unet": self.unet}
+        return {name: part for name, part in named.items() if part is not None}
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        return tuple(name for name in self.parts if name != "unet")
+
+
+class Prefix(Section):
+    """Where the denoising steps before the window run; they carry no gradient and depend on nothing that trains."""
+
+    mode: Literal["worker", "stage", "cache"] = "worker"
+    """In the training worker, in a pool of Ray Data actors that stream latents to it, or read from a cache."""
+    actors: int = Field(1, ge=1)
+    """Actors per training worker, in `stage` mode."""
+    gpus_per_actor: float = Field(0.0, ge=0)
+    cache: str | None = None
+    """A folder or fsspec URL that `craftor prefix` has filled."""
+
+    @model_validator(mode="after")
+    def _cache_and_mode(self) -> "Prefix":
+        if (self.mode == "cache") != (self.cache is not None):
+            raise ValueError(f'mode is "{self.mode}" and cache is {self.cache!r}: mode = "cache" and cache go together')
+        return self
+
+
+class Tuning(Section):
+    """What the two ways of tuning by reward share."""
+
+    train: Train = Train(text_encoder=Part())
+    rollout: Rollout = Rollout()
+    rewards: dict[str, Reward]
+    anchor: float = Field(0.0, ge=0)
+    """Weight of the mean squared distance of the prompts' embeddings from the original encoder's."""
+
+    def acts(self) -> range:
+        """The denoising steps of a rollout that see the trained encoder."""
+        return range(self.rollout.num_steps)
+
+    @field_validator("rewards")
+    @classmethod
+    def _clip_term_is_on(cls, rewards: dict[str, Reward]) -> dict[str, Reward]:
+        trained = {name: reward for name, reward in rewards.items() if not reward.evaluation_only}
+        if not trained:
+            raise ValueError("no reward has a weight; at least one, and a clip_score among them, is needed")
+        if not any(reward.kind == "clip_score" for reward in trained.values()):
+            raise ValueError(
+                f"no clip_score among the trained rewards ({', '.join(trained)}): without the CLIP term training "
+                "collapses onto one preferred image; add one with weight > 0"
+            )
+        return rewards
+
+
+class RewardTuning(Tuning):
+    """Fine-tune text encoder or UNet by reward, from prompts alone (TextCraftor, section 3.2.2)."""
+
+    kind: Literal["reward_tuning"]
+    window: Window
+    prefix: Prefix = Prefix()
+
+    def acts(self) -> range:
+        """The window's steps, or all where the trained encoder also conditioned the others."""
+        num_steps = self.rollout.num_steps
+        return range(num_steps) if self.window.outside == "tuned" else self.window.span(num_steps)
+
+    @model_validator(mode="after")
+    def _window_fits(self) -> "RewardTuning":
+        self.window.span(self.rollout.num_steps)
+        return self
+
+    @model_validator(mode="after")
+    def _prefix_is_data(self) -> "RewardTuning":
+        """A prefix computed apart must not depend on anything that trains."""
+        if self.prefix.mode == "worker":
+            return self
+        if self.train.unet is not None:
+            raise ValueError(
+                f'prefix.mode = "{self.prefix.mode}": the prefix changes while the UNet trains; allowed: worker'
+            )
+        if self.window.outside == "tuned":
+            raise ValueError(
+                f'prefix.mode = "{self.prefix.mode}": with window.outside = "tuned" the prefix changes while the '
+                'encoder trains; allowed: worker, or outside = "original"'
+            )
+        return self
+
+
+class DirectTuning(Tuning):
+    """Fine-tune the text encoder on image-caption pairs by reward of a one-step prediction (TextCraftor, 3.2.1)."""
+
+    kind: Literal["direct_tuning"]
+    timesteps: Annotated[tuple[int, int], Field(strict=False)] = (0, 999)
+    """Noise levels drawn for the pairs, lowest and highest."""
+
+    @field_validator("timesteps")
+    @classmethod
+    def _ordered(cls, timesteps: tuple[int, int]) -> tuple[int, int]:
+        if not 0 <= timesteps[0] <= timesteps[1]:
+            raise ValueError(f"{list(timesteps)}: expected [low, high] with 0 <= low <= high")
+        return timesteps
+
+
+class Denoising(Section):
+    """Train the UNet of a pipeline on image-caption pairs by the denoising loss."""
+
+    kind: Literal["denoising"]
+    caption_dropout: float = Field(0.1, ge=0, lt=1)
+    min_snr_gamma: float = Field(5.0, gt=0)
+    """Loss weight min(SNR, gamma), as Hang et al. 2023."""
+    min_weight: float = Field(0.0, ge=0, le=1)
+    """Floor of the weight on the error of v or of the noise. Without one, nearly pure noise counts for nothing, and
+    that is where a sampler that starts from pure noise decides the layout."""

@@ -1,0 +1,139 @@
+"""The prefix is data: computed in the worker, streamed by actors or read from a cache, it is the same bits."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+
+from craftor import job, prefix_cache
+from craftor.inputs import fill_prefix_cache
+from craftor.prefix import LATENTS, PrefixActor
+from craftor.recipe import Recipe, RecipeError, load
+from craftor.stage import ReadShare, opened
+from craftor.stream import Rows
+from craftor.tasks.reward_tuning import RewardTuningTask
+
+pytestmark = pytest.mark.ray
+QUICK = {"run.num_steps": 3, "run.checkpoint_every": 3, "register": None}
+
+
+def recipe(path: Path, **overrides) -> Recipe:
+    return load(path, {**QUICK, **{key.replace("__", "."): value for key, value in overrides.items()}})
+
+
+@pytest.fixture(scope="module")
+def cache(tiny: Path, tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Path:
+    """A cache of the tiny recipe's prefixes up to denoising step 2."""
+    from conftest import write_tiny_recipe
+
+    folder = tmp_path_factory.mktemp("prefix")
+    path = write_tiny_recipe(tiny, folder)
+    assert fill_prefix_cache(recipe(path), path, str(folder / "cache"), num_actors=1) == 12
+    return folder / "cache"
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(run_dir / "checkpoints" / "step-000003" / "text_encoder" / "model.safetensors")
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpm_solver_2m"])
+def test_rows_with_a_prefix_give_the_step_without(tiny_recipe: Path, solver: str) -> None:
+    settings = recipe(tiny_recipe, task__rollout={"num_steps": 6, "guidance_scale": 3.0, "solver": solver})
+    task = RewardTuningTask(settings)
+    prompts = ["a small red star", "a large blue ring", "a large red ring", "a small blue ring"]
+    ids = task.diffuser.tokenize(prompts)["text_encoder"].numpy()
+    columns = {"input_ids": ids, "prompt": np.array(prompts, dtype=object)}
+    without = task.step(Rows([4, 5, 6, 7], columns))
+    staged = PrefixActor(settings.model_dump(by_alias=True))({**columns, "position": np.arange(4, 8)})
+    task.module.zero_grad()
+    staged.pop("position")
+    found = task.step(Rows([4, 5, 6, 7], staged))
+    assert ("prefix_x0" in staged) == (solver != "ddim")
+    for name, values in without.items():
+        assert torch.equal(values, found[name]), name
+
+
+def test_worker_stage_and_cache_train_the_same_bits(tiny_recipe: Path, tmp_path: Path, cache: Path) -> None:
+    found = {}
+    for mode, prefix in {
+        "worker": {},
+        "stage": {"mode": "stage"},
+        "cache": {"mode": "cache", "cache": str(cache)},
+    }.items():
+        settings = recipe(tiny_recipe, task__prefix=prefix)
+        found[mode] = weights(job.train(settings, tiny_recipe, tmp_path / mode).run_dir)
+    for mode in ("stage", "cache"):
+        for name, value in found["worker"].items():
+            assert torch.equal(value, found[mode][name]), (mode, name)
+
+
+def test_a_cache_serves_a_window_that_starts_later(tiny_recipe: Path, cache: Path) -> None:
+    later = {"task__window__last": 1}
+    cached = RewardTuningTask(recipe(tiny_recipe, task__prefix={"mode": "cache", "cache": str(cache)}, **later))
+    table = pyarrow.parquet.read_table(cache / "part-000000.parquet").slice(0, 4)
+    columns = {name: np.array(table[name].to_pylist()) for name in table.column_names}
+    found = cached.step(Rows([0, 1, 2, 3], columns))
+    wanted = RewardTuningTask(recipe(tiny_recipe, **later)).step(
+        Rows([0, 1, 2, 3], {name: columns[name] for name in ("input_ids", "prompt")})
+    )
+    assert all(torch.equal(value, found[name]) for name, value in wanted.items())
+
+
+def test_filling_goes_on_where_it_stopped(tiny_recipe: Path, tmp_path: Path, cache: Path, monkeypatch) -> None:
+    monkeypatch.setattr(prefix_cache, "SAMPLES_PER_PART", 4)
+    url = str(tmp_path / "cache")
+    settings = recipe(tiny_recipe)
+    fill_prefix_cache(settings, tiny_recipe, url, num_actors=1)
+    parts = sorted(Path(url).glob("part-*"))
+    kept = {path.name: path.stat().st_mtime_ns for path in parts}
+    parts[1].unlink()
+    fill_prefix_cache(settings, tiny_recipe, url, num_actors=1)
+    assert sorted(path.name for path in Path(url).glob("part-*")) == sorted(kept)
+    changed = [path.name for path in Path(url).glob("part-*") if path.stat().st_mtime_ns != kept[path.name]]
+    assert changed == [parts[1].name]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 8}, "made from something else: seed: there 7, here 8"),
+        ({"task.rollout.guidance_scale": 2.0}, "made from something else: rollout"),
+        ({"data.max_rows": 3}, "made from something else: prompts_sha256"),
+        ({"task.window.last": 3}, "reaches denoising step 2, but the window starts at 1"),
+        ({"run.num_steps": 9}, "holds 12 of the 36 samples needed; go on with: craftor prefix"),
+        ({"task.train": {"unet": {}}}, 'prefix.mode = "cache": the prefix changes while the UNet trains'),
+        ({"task.window.outside": "tuned"}, 'with window.outside = "tuned" the prefix changes while the encoder'),
+        ({"task.prefix.cache": "nowhere"}, "no prefix.json there; fill it with: craftor prefix"),
+    ],
+)
+def test_a_cache_that_does_not_fit_is_refused(
+    tiny_recipe: Path, tmp_path: Path, cache: Path, change: dict, message: str
+) -> None:
+    overrides = {**QUICK, "task.prefix": {"mode": "cache", "cache": str(cache)}, **change}
+    with pytest.raises(RecipeError, match=message):
+        job.train(load(tiny_recipe, overrides), tiny_recipe, tmp_path / "run")
+
+
+def test_latents_that_are_not_finite_are_refused(tiny_recipe: Path) -> None:
+    task = RewardTuningTask(recipe(tiny_recipe))
+    ids = task.diffuser.tokenize(["a ring"])["text_encoder"].numpy()
+    columns = {"input_ids": ids, "prompt": np.array(["a ring"], dtype=object), LATENTS: np.full((1, 256), np.nan)}
+    with pytest.raises(ValueError, match="prefix latents of sample 5 are not finite"):
+        task.step(Rows([5], columns))
+
+
+def test_shares_are_read_in_any_order(tmp_path: Path) -> None:
+    for part in (0, 1):
+        index = list(range(4 * part, 4 * part + 4))
+        table = pyarrow.table({"index": index, "prompt": [f"prompt {i}" for i in index]})
+        pyarrow.parquet.write_table(table, tmp_path / f"{part}.parquet")
+    reader = ReadShare(str(tmp_path), num_rows=8, batch_size=4, offset=2, share=2, start_step=0)
+    for step in (0, 1, 4, 2):
+        rows = opened(reader({"id": np.array([step])}))
+        assert rows.position == [4 * step + 2, 4 * step + 3]
+        assert rows.columns["index"].tolist() == [position % 8 for position in rows.position]
+        assert rows.columns["prompt"].tolist() == [f"prompt {position % 8}" for position in rows.position]
