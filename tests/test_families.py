@@ -174,3 +174,13 @@ def test_attention_kernels_agree(tiny: Path, attention: str) -> None:
             for choice in (attention, "auto")
         )
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_compiled_is_what_runs(tiny: Path, tiny_recipe: Path) -> None:
+    """Compiling itself takes minutes; here only that the UNet that runs, a copy where it trains, is the compiled one."""
+    data = load_recipe(tiny_recipe).model_dump(by_alias=True)
+    data["model"]["compile"] = True
+    data["task"]["train"] = {"unet": {}}
+    unet = RewardTuningTask(Recipe.model_validate(data)).module["unet"]
+    assert unet._compiled_call_impl is not None
+    assert load(Model(path=str(tiny / "pipeline"))).unet._compiled_call_impl is None

@@ -18,21 +18,24 @@ def ray_session(num_workers: int) -> Iterator[None]:
     if "RAY_ADDRESS" not in os.environ:
         # Ray Data's actors make the core worker print an error about restarts that has no effect here.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        # A run's dozen actors start at once, and Ray would warn of it.
+        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
     import ray
     import ray.data
 
-    from craftor.quiet import hush
+    from craftor.quiet import held_stderr, hush
 
     hush()
     started_here = not ray.is_initialized()
     if started_here:
         local = "RAY_ADDRESS" not in os.environ
-        ray.init(
-            **({"address": "local", "num_cpus": num_workers + 2, "include_dashboard": False} if local else {}),
-            logging_level="ERROR",
-            log_to_driver=False,
-            runtime_env={"env_vars": _worker_environment()},
-        )
+        with held_stderr():  # Ray reports the log level it was told
+            ray.init(
+                **({"address": "local", "num_cpus": num_workers + 2, "include_dashboard": False} if local else {}),
+                logging_level="ERROR",
+                log_to_driver=False,
+                runtime_env={"env_vars": _worker_environment()},
+            )
     ray.data.DataContext.get_current().enable_progress_bars = False
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     try:

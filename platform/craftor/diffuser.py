@@ -48,6 +48,7 @@ class Diffuser:
     zero_null: bool
     """SDXL was trained with zeros for the empty prompt."""
     precision: torch.dtype
+    compile: bool = False
 
     @property
     def text_encoder(self) -> CLIPTextModel:
@@ -63,8 +64,10 @@ class Diffuser:
 
     def guided(self, rollout: Rollout, unet: UNet2DConditionModel | None = None) -> Guided:
         """The denoiser of a rollout, in the model's precision; `unet` stands in for the frozen one."""
-        steps = schedule(self.scheduler, rollout.solver, rollout.num_steps)
-        return Guided(unet or self.unet, steps, rollout.guidance_scale, self.precision, self._time_ids)
+        steps, unet = schedule(self.scheduler, rollout.solver, rollout.num_steps), unet or self.unet
+        if self.compile:
+            unet.compile()  # here and not on loading: a copy of a compiled module would still run the original
+        return Guided(unet, steps, rollout.guidance_scale, self.precision, self._time_ids)
 
     @cached_property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -120,8 +123,6 @@ def load(model: Model, device: torch.device | str = "cpu") -> Diffuser:
     if model.channels_last:
         pipeline.unet.to(memory_format=torch.channels_last)
         pipeline.vae.to(memory_format=torch.channels_last)
-    if model.compile:
-        pipeline.unet.compile()
     if model.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
         pipeline.vae.enable_gradient_checkpointing()
@@ -135,6 +136,7 @@ def load(model: Model, device: torch.device | str = "cpu") -> Diffuser:
         pipeline.vae_scale_factor,
         zero_null,
         PRECISIONS[model.precision],
+        model.compile,
     )
 
 

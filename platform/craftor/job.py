@@ -46,7 +46,7 @@ def train(recipe: Recipe, source: Path, run_dir: Path) -> Trained:
     (run_dir / "recipe.toml").write_text(
         tomli_w.dumps(recipe.model_dump(by_alias=True, exclude_none=True, mode="json"))
     )
-    with ray_session(recipe.workers.num):
+    with ray_session(recipe.num_processes):
         prepared = inputs.prepare(recipe, run_dir)
         tracker = tracking.Tracker.start(connected, recipe, prepared)
         write_json(run_dir / "run.json", {"mlflow_run_id": tracker.run_id, "digest": prepared.digest, "seconds": 0.0})
@@ -60,7 +60,7 @@ def resume(run_dir: Path) -> Trained:
     recipe = load_recipe(run_dir / "recipe.toml")
     preflight.check(recipe, run_dir / "recipe.toml")
     connected = tracking.client(run_dir.parent)
-    with ray_session(recipe.workers.num):
+    with ray_session(recipe.num_processes):
         if (run_dir / "run.json").is_file():
             state = json.loads((run_dir / "run.json").read_text())
             prepared = inputs.prepared_earlier(recipe, run_dir, state["digest"])

@@ -26,7 +26,7 @@ def quickstart(out: Path, overrides: dict[str, Any]) -> dict[str, Any]:
     """Run the shipped recipe into `out` and write `report.json`, `report.html` and `report.png` there."""
     source = shipped_recipe(RECIPE)
     recipe = load(source, overrides)
-    with peak_memory() as peak, ray_session(recipe.workers.num):
+    with peak_memory() as peak, ray_session(recipe.num_processes):
         trained = train(recipe, source, out)
         summary = evaluate_runs([out], out / "evaluation", recipe.workers.num)
     return finish(out, trained, summary, peak.gib, "craftor quickstart")

@@ -1,7 +1,12 @@
 """Keep other libraries' logs and bars off the terminal: what a run has to say is one line of ours."""
 
 import logging
+import os
+import sys
+import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def hush() -> None:
@@ -18,3 +23,22 @@ def hush() -> None:
     for module in ("ray", "mlflow", "diffusers", "transformers"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=module)
+
+
+@contextmanager
+def held_stderr() -> Iterator[None]:
+    """Hold back what the block writes to file descriptor 2, C++ included; it is printed if the block raises."""
+    with tempfile.TemporaryFile() as held:
+        sys.stderr.flush()
+        original = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            os.write(original, held.read())
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(original, 2)
+            os.close(original)

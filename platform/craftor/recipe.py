@@ -123,6 +123,13 @@ class Recipe(Section):
         return self
 
     @property
+    def num_processes(self) -> int:
+        """Training workers, and the actors that compute prefixes for them: what a local cluster needs CPUs for."""
+        if isinstance(self.task, RewardTuning) and self.task.prefix.mode == "stage":
+            return self.workers.num * (1 + self.task.prefix.actors)
+        return self.workers.num
+
+    @property
     def share(self) -> int:
         """Samples of a batch that one worker computes."""
         return self.run.batch_size // self.workers.num

@@ -5,8 +5,10 @@ the window) + `manifest.json` (sha256 of each file). It is an MLflow logged mode
 generic loader of MLflow ever unpickles or imports anything for it.
 """
 
+import io
 import json
 import shutil
+from contextlib import redirect_stderr
 from pathlib import Path, PurePosixPath
 
 import mlflow
@@ -78,7 +80,8 @@ def register(connected: MlflowClient, tracker: Tracker, recipe: Recipe, bundle: 
     connected.finalize_logged_model(model.model_id, "READY")
     shutil.rmtree(staging)
     tracker.output(model.model_id, step)
-    version = mlflow.register_model(f"models:/{model.model_id}", name, tags={"craftor.run": recipe.name})
+    with redirect_stderr(io.StringIO()):  # where MLflow says what `craftor train` says itself
+        version = mlflow.register_model(f"models:/{model.model_id}", name, tags={"craftor.run": recipe.name})
     for alias in recipe.register_as.aliases:
         connected.set_registered_model_alias(name, alias, version.version)
     return {"name": name, "version": str(version.version)}
