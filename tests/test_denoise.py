@@ -142,6 +142,33 @@ class _Switch:
         return (self.trained if timestep in self.inside else self.frozen)(latents, timestep, *args, **kwargs)
 
 
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1.0, 1e-9])
+def test_reduced_precision_keeps_the_gradients_direction(tiny: Path, precision: torch.dtype, size: float) -> None:
+    """Even one as small as the mean over a large batch makes it, which float16 by itself would lose."""
+    diffuser = load(Model(path=str(tiny / "pipeline")))
+    state, tuned, original, direction = (
+        part.float() if isinstance(part, torch.Tensor) else type(part)(*(_float(p) for p in part)) for part in prompts()
+    )
+    found = []
+    for arithmetic in (torch.float32, precision):
+        rollout = Rollout(num_steps=NUM_STEPS, guidance_scale=3.0)
+        guided = dataclasses.replace(diffuser.guided(rollout), precision=arithmetic)
+        leaves = gradient_leaves(tuned)
+        chain = Chain(guided, plan(Window(last=3), NUM_STEPS, 0, range(3)), leaves, original)
+        chain.forward(sample(guided, state, original, range(2)))
+        chain.backward(size * direction)
+        found.append(torch.cat([leaves.condition.embeds.grad, leaves.null.embeds.grad]).flatten() / size)
+    assert torch.nn.functional.cosine_similarity(*found, dim=0) > 0.99
+    assert found[1].norm() / found[0].norm() == pytest.approx(1, abs=0.05)
+
+
+def _float(part: torch.Tensor | Condition | None) -> torch.Tensor | Condition | None:
+    if part is None:
+        return None
+    return part.map(lambda tensor: tensor.detach().float()) if isinstance(part, Condition) else part.float()
+
+
 def test_forward_ends_where_sampling_ends(guided: Guided) -> None:
     state, tuned, *_ = prompts()
     where = plan(Window(last=3), NUM_STEPS, 0, range(3))

@@ -1,5 +1,6 @@
 """Stable Diffusion 1, 2 and XL: rollouts are the stock pipelines', any part trains, wholly or by LoRA, and exports."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +164,20 @@ def test_what_cannot_train_is_refused(tiny: Path, tiny_recipe: Path, tmp_path: P
         trainable.load(load(Model(path=str(tiny / "pipeline"))), tmp_path)
 
 
+def test_a_pipeline_that_cannot_train_is_refused(tiny: Path, tmp_path: Path) -> None:
+    index = json.loads((tiny / "pipeline" / "model_index.json").read_text())
+    for change, message in (
+        ({"unet": [None, None]}, "the pipeline lacks unet, needed here"),
+        (
+            {"_class_name": "FluxPipeline"},
+            "a FluxPipeline; allowed: StableDiffusionPipeline, StableDiffusionXLPipeline",
+        ),
+    ):
+        (tmp_path / "model_index.json").write_text(json.dumps({**index, **change}))
+        with pytest.raises(ValueError, match=message):
+            load(Model(path=str(tmp_path)))
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_attention_kernels_agree(tiny: Path, attention: str) -> None:
     latents, embeds = torch.randn(2, 4, 8, 8), torch.randn(2, 6, 16)
@@ -177,7 +192,7 @@ def test_attention_kernels_agree(tiny: Path, attention: str) -> None:
 
 
 def test_what_is_compiled_is_what_runs(tiny: Path, tiny_recipe: Path) -> None:
-    """Compiling itself takes minutes; here only that the UNet that runs, a copy where it trains, is the compiled one."""
+    """Compiling takes minutes: here only that the UNet that runs, a copy where it trains, is the compiled one."""
     data = load_recipe(tiny_recipe).model_dump(by_alias=True)
     data["model"]["compile"] = True
     data["task"]["train"] = {"unet": {}}

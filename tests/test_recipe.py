@@ -43,6 +43,7 @@ def test_shipped_recipe_loads_and_is_short(path: Path) -> None:
         ("task.window", {"last": 2, "copies": 2}, "copies = 2 goes with last = 1"),
         ("task.window", {"last": 2, "recompute": "auto"}, 'recompute = "auto" and memory_limit_gib go together'),
         ("task.train", {}, "nothing trains; name at least one of text_encoder, text_encoder_2, unet"),
+        ("model.precision", "fp64", "Input should be 'fp32', 'bf16' or 'fp16'"),
         ("task.prefix", {"mode": "cache"}, 'mode = "cache" and cache go together'),
         ("task.rollout.solver", "heun", "Input should be 'ddim', 'euler' or 'dpm_solver_2m'"),
         ("task.window", {"start": 3, "stop": 2}, "start = 3 is not before stop = 2"),
@@ -71,6 +72,12 @@ def test_mistakes_are_explained(tiny_recipe: Path, key: str, value: object, mess
         load(tiny_recipe, {key: value})
     assert str(tiny_recipe) in str(error.value)
     assert message in str(error.value)
+
+
+def test_a_unet_does_not_train_in_float16(tiny_recipe: Path) -> None:
+    load(tiny_recipe, {"model.precision": "fp16"})
+    with pytest.raises(RecipeError, match="the gradient of UNet weights underflows; allowed: bf16, fp32"):
+        load(tiny_recipe, {"model.precision": "fp16", "task.train": {"unet": {}}})
 
 
 def test_training_without_the_clip_term_is_refused(tiny_recipe: Path) -> None:

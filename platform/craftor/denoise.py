@@ -149,6 +149,8 @@ class Chain:
 
         With G = dL/d(next latents) and H = dL/dx0 from the step after, one step's x0 receives `new * G + H`.
         """
+        scale = self._scale(gradient)
+        gradient = scale * gradient
         by_latents = torch.zeros_like(gradient) if self.plan.jumps else gradient
         by_x0 = torch.zeros_like(gradient)
         for index in reversed(range(self.plan.start, self.plan.num_steps)):
@@ -163,6 +165,16 @@ class Chain:
                 torch.autograd.backward(output, step.q * here[call.rows], inputs=call.leaves)
                 if call.latents.grad is not None:
                     by_latents[call.rows] += call.latents.grad
+        for tensor in (*self.tuned.condition.tensors, *self.tuned.null.tensors):
+            if tensor.grad is not None:
+                tensor.grad /= scale
+
+    def _scale(self, gradient: Tensor) -> Tensor | float:
+        """float16 loses gradients as small as a mean over a batch; the walk is linear, so it can run scaled up."""
+        if self.guided.precision != torch.float16:
+            return 1.0
+        assert not self.trained, "the UNet's own gradient would stay scaled"
+        return gradient.abs().max().clamp(min=1e-30).reciprocal()
 
     def _calls_at(self, index: int, latents: Tensor) -> Iterator[_Call]:
         """The rows that still run, grouped by what their gradient needs of this step."""

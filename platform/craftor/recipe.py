@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from craftor.explain import explain
+from craftor.guards import Guards
 from craftor.rollout import Rollout, Section, Window
 from craftor.task_settings import Denoising, DirectTuning, Part, Prefix, Reward, RewardTuning, Train, Tuning
 
@@ -111,6 +112,7 @@ class Recipe(Section):
     optimizer: Optimizer
     run: Run
     workers: Workers = Workers()
+    guards: Guards = Guards()
     register_as: Register | None = Field(None, alias="register")
     evaluation: Evaluation | None = None
 
@@ -122,12 +124,30 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _precision_can_train(self) -> "Recipe":
+        trains_unet = isinstance(self.task, Denoising) or self.task.train.unet is not None
+        if self.model.precision == "fp16" and trains_unet:
+            raise ValueError('model.precision = "fp16": the gradient of UNet weights underflows; allowed: bf16, fp32')
+        return self
+
     @property
     def num_processes(self) -> int:
         """Training workers, and the actors that compute prefixes for them: what a local cluster needs CPUs for."""
         if isinstance(self.task, RewardTuning) and self.task.prefix.mode == "stage":
             return self.workers.num * (1 + self.task.prefix.actors)
         return self.workers.num
+
+    @model_validator(mode="after")
+    def _guards_watch_what_there_is(self) -> "Recipe":
+        """A rule on a metric that no line will ever have would watch in vain."""
+        if isinstance(self.task, Tuning):
+            known = self.task.metrics()
+            for rule in self.guards.rules:
+                if rule.metric not in known:
+                    unscored = "; it is scored in evaluation only: give it `every`" if rule.metric in self.task.rewards else ""
+                    raise ValueError(f"guards: no metric {rule.metric!r}{unscored}; there are {', '.join(known)}")
+        return self
 
     @property
     def share(self) -> int:
