@@ -4,7 +4,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # One arithmetic thread per process: workers set their own, and results are reproducible bit for bit.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install dev quickstart check format test clean
+.PHONY: install dev quickstart check format test bench-train bench-rewards clean
 
 install: .venv/.installed
 dev: .venv/.dev
@@ -33,6 +33,14 @@ format: .venv/.dev
 
 test: .venv/.dev
 	$(BIN)/pytest
+
+# Benchmarks write runs/bench/<name>.json. TRL's last release with AlignPropTrainer is no dependency of ours: a folder.
+bench-train: .venv/.dev
+	test -d runs/bench/trl || $(PIP) install --quiet --no-deps --target runs/bench/trl trl==0.23.1
+	PYTHONPATH=tests:runs/bench/trl $(BIN)/python -W ignore -m benchmarks.train
+
+bench-rewards: .venv/.dev
+	PYTHONPATH=tests $(BIN)/python -W ignore -m benchmarks.rewards
 
 clean:
 	rm -rf .venv runs dist

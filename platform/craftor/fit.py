@@ -8,7 +8,6 @@ run's folder.
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,25 +20,36 @@ from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 from torch import Tensor, nn
 
-from craftor import checkpoint, stage, stream
+from craftor import checkpoint, stage, stream, watch
 from craftor.pictures import save_sheet
-from craftor.recipe import Optimizer, Recipe, RewardTuning
+from craftor.recipe import Optimizer, Recipe, RewardTuning, Tuning
+from craftor.run_files import FAILURE, METRICS, MetricsLog, report_failure, report_gradient, write_json
 from craftor.tasks import Task, build
 
-METRICS, FAILURE = "metrics.jsonl", "failure.json"
+__all__ = ["FAILURE", "METRICS", "TrainingStopped", "fit", "train_worker", "write_json"]
 BUCKET = 25_000_000
 
 
 class TrainingStopped(RuntimeError):
-    """A sample whose loss or reward is not finite; the message says which, the last checkpoint stands."""
+    """A number that is not finite, or a guard that stops the run; the message says which, checkpoints stand."""
 
 
 def fit(recipe: Recipe, run_dir: Path, rows: Path | str, num_rows: int) -> Path:
     """Train until `run.num_steps`, from the run's last checkpoint if it has one; returns the final checkpoint.
 
-    Raises TrainingStopped when a sample's loss is not finite.
+    Raises TrainingStopped when a sample's loss is not finite, or by a rule of `[guards]`: at once where that has
+    happened before.
     """
     (run_dir / FAILURE).unlink(missing_ok=True)
+    if watch.ended(run_dir) is None:
+        _train(recipe, run_dir, rows, num_rows)
+    if (run_dir / FAILURE).exists():
+        raise TrainingStopped(json.loads((run_dir / FAILURE).read_text())["message"])
+    return _final_checkpoint(run_dir)
+
+
+def _train(recipe: Recipe, run_dir: Path, rows: Path | str, num_rows: int) -> None:
+    """The workers' loop, again from the last checkpoint where a worker dies."""
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
@@ -51,7 +61,7 @@ def fit(recipe: Recipe, run_dir: Path, rows: Path | str, num_rows: int) -> Path:
             "rows": str(rows.resolve()) if isinstance(rows, Path) else rows,
             "num_rows": num_rows,
         },
-        scaling_config=ScalingConfig(num_workers=recipe.workers.num),
+        scaling_config=ScalingConfig(num_workers=recipe.workers.num, use_gpu=recipe.workers.gpu),
         datasets={"rows": stream.read(rows)},
         # Every worker sees the whole ordered stream and takes its slots: see `stream`.
         dataset_config=DataConfig(datasets_to_split=[], execution_options=context.execution_options),
@@ -59,10 +69,25 @@ def fit(recipe: Recipe, run_dir: Path, rows: Path | str, num_rows: int) -> Path:
             name="ray", storage_path=str((run_dir / "ray").resolve()), failure_config=FailureConfig(max_failures=3)
         ),
     ).fit()
-    if (run_dir / FAILURE).exists():
-        raise TrainingStopped(json.loads((run_dir / FAILURE).read_text())["message"])
-    final = checkpoint.latest(run_dir)
-    assert final is not None, "training ended without a checkpoint"
+
+
+def _final_checkpoint(run_dir: Path) -> Path:
+    """The newest, but for what a guard has to say."""
+    for said in watch.read(run_dir):
+        print(f"guard, step {said['step']}: {said['reason']} ({said['action']}); see {run_dir / str(said['pictures'])}")
+    ended = watch.ended(run_dir)
+    if ended is not None and ended["action"] == "stop":
+        raise TrainingStopped(
+            f"a guard stopped the run at step {ended['step']}: {ended['reason']}; its checkpoints stand. To train on, "
+            f"change [guards] in {run_dir / 'recipe.toml'}, remove {run_dir / watch.GUARD} and resume"
+        )
+    final = checkpoint.latest(run_dir) if ended is None else watch.roll_back(run_dir, ended["last_good_step"])
+    if final is None:
+        assert ended is not None, "training ended without a checkpoint"
+        raise TrainingStopped(
+            f"a guard rolled the run back at step {ended['step']}: {ended['reason']}; there is no checkpoint of step "
+            f"{ended['last_good_step']} or before; allowed: a smaller run.checkpoint_every"
+        )
     return final
 
 
@@ -89,16 +114,24 @@ def train_worker(config: dict[str, Any]) -> None:
     step = 0
     if (last := checkpoint.latest(run_dir)) is not None:
         step = checkpoint.restore(last, module=task.module, optimizer=optimizer, average=average)
+        task.restore(json.loads((last / "trainer" / "state.json").read_text()).get("task", {}))
     log = MetricsLog(run_dir / METRICS, step) if rank == 0 else None
+    rules = recipe.guards.rules if isinstance(recipe.task, Tuning) else ()
+    guard = watch.Watch(rules, run_dir, run_dir / METRICS, step) if rank == 0 else None
+    may_end = any(rule.action != "warn" for rule in rules)
     shares = open_stream(recipe, config, rank, world_size, step)
     started = time.perf_counter()
     while step < recipe.run.num_steps:
         rows = next(shares)
         optimizer.zero_grad()
+        if task.needs_start:
+            task.observe(gather(accumulate(task, rows, recipe.run.micro_batch), world_size))
+            optimizer.zero_grad()
         metrics = gather(accumulate(task, rows, recipe.run.micro_batch), world_size)
         if not all(values.isfinite().all() for values in metrics.values()):
             report_failure(run_dir, rows, recipe, metrics, rank)
             return
+        figures = task.observe(metrics)
         average_gradients(list(trained.values()), world_size)
         norm = nn.utils.clip_grad_norm_(trained.values(), settings.clip_norm)
         if not norm.isfinite():
@@ -113,19 +146,25 @@ def train_worker(config: dict[str, Any]) -> None:
             task.assert_frozen()
             idle = [name for name, p in trained.items() if p.grad is None]
             assert not idle, f"no gradient reaches {idle}: it would not train"
-        if log is not None:
+        ends = False
+        if log is not None and guard is not None:
             now = time.perf_counter()
-            log.write(
-                step,
-                **{name: values.mean().item() for name, values in metrics.items()},
-                grad_norm=norm.item(),
-                lr=optimizer.param_groups[0]["lr"],
-                drift=drift(task.module, original),
-                images_per_second=recipe.run.batch_size / (now - started),
-            )
+            record = {
+                "step": step,
+                **figures,
+                "grad_norm": norm.item(),
+                "lr": optimizer.param_groups[0]["lr"],
+                "drift": drift(task.module, original),
+                "images_per_second": recipe.run.batch_size / (now - started),
+            }
+            log.write(record)
             started = now
+            # Before the checkpoint: a run that goes on from it has heard what there was to say of its steps.
+            ends = guard.ends(record, task.pictures())
             if step % recipe.run.checkpoint_every == 0 or step == recipe.run.num_steps:
                 save(recipe, run_dir, step, task, optimizer, average)
+        if may_end and agreed(ends, world_size):
+            return
 
 
 def open_stream(
@@ -188,7 +227,11 @@ def save(
         module=task.module,
         optimizer=optimizer,
         average=average,
-        state={"recipe": recipe.model_dump(by_alias=True), "next_position": step * recipe.run.batch_size},
+        state={
+            "recipe": recipe.model_dump(by_alias=True),
+            "next_position": step * recipe.run.batch_size,
+            "task": task.state(),
+        },
     )
 
 
@@ -196,10 +239,20 @@ def gather(metrics: dict[str, Tensor], world_size: int) -> dict[str, Tensor]:
     """Per-sample metrics of the whole global batch, in the order of its slots, on every worker."""
     if world_size == 1:
         return metrics
-    stacked = torch.stack(list(metrics.values()))
-    parts = [torch.empty_like(stacked) for _ in range(world_size)]
-    torch.distributed.all_gather(parts, stacked)
-    return dict(zip(metrics, torch.cat(parts, dim=1), strict=True))
+    rows = torch.cat([values.reshape(len(values), -1) for values in metrics.values()], dim=1)
+    parts = [torch.empty_like(rows) for _ in range(world_size)]
+    torch.distributed.all_gather(parts, rows)
+    columns = torch.cat(parts).split([values[0].numel() for values in metrics.values()], dim=1)
+    return {name: c.reshape(-1, *v.shape[1:]) for (name, v), c in zip(metrics.items(), columns, strict=True)}
+
+
+def agreed(ends: bool, world_size: int) -> bool:
+    """Worker 0's decision, on every worker."""
+    if world_size == 1:
+        return ends
+    decision = torch.tensor([float(ends)], device=get_device())
+    torch.distributed.broadcast(decision, src=0)
+    return bool(decision.item())
 
 
 def lr_factor(settings: Optimizer, step: int, num_steps: int) -> float:
@@ -228,58 +281,3 @@ def drift(module: nn.Module, original: dict[str, Tensor]) -> float:
     moved = sum((p - original[name]).square().sum().item() for name, p in checkpoint.trained(module).items())
     size = sum(value.square().sum().item() for value in original.values())
     return math.sqrt(moved / size)
-
-
-def report_failure(run_dir: Path, rows: stream.Rows, recipe: Recipe, metrics: dict[str, Tensor], rank: int) -> None:
-    """The worker that owns the first bad sample writes what is needed to make it again; all workers return."""
-    share = len(rows.position)
-    # A single reward says more than the sums that it spoils.
-    for name in sorted(metrics, key=lambda name: name in ("loss", "total")):
-        values = metrics[name]
-        bad = (~values.isfinite()).nonzero().flatten()
-        if len(bad) and bad[0] // share == rank:
-            row = int(bad[0]) % share
-            prompt = str(rows.columns["prompt"][row]) if "prompt" in rows.columns else "(no prompt)"
-            message = (
-                f"{name} is {values[bad[0]].item()} for sample {rows.position[row]} (seed {recipe.seed}), "
-                f"prompt {prompt!r}; the last checkpoint stands"
-            )
-            write_json(run_dir / FAILURE, {"message": message, "prompt": prompt, "sample": rows.position[row]})
-            return
-
-
-def report_gradient(run_dir: Path, step: int, norm: Tensor, rank: int) -> None:
-    """All scores are finite but their gradient is not."""
-    if rank == 0:
-        message = (
-            f"the gradient's norm is {norm.item()} at step {step + 1} though every score is finite: the window reaches "
-            'too far back for this precision; fewer steps, or gradient_path = "direct"; the last checkpoint stands'
-        )
-        write_json(run_dir / FAILURE, {"message": message})
-
-
-def write_json(path: Path, data: dict) -> None:
-    """Write and rename, so that a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(data, indent=2))
-    temporary.rename(path)
-
-
-class MetricsLog:
-    """`metrics.jsonl`: one line an optimiser step; lines past the step a run resumes from are cut off."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step] if path.exists() else []
-        path.write_text("".join(f"{line}\n" for line in kept))
-        self._file = path.open("a", buffering=1)
-
-    def write(self, step: int, **metrics: float) -> None:
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-
-
-def _step_of(line: str) -> float:
-    """A torn last line, as a kill leaves it, counts as past every step."""
-    try:
-        return json.loads(line)["step"]
-    except json.JSONDecodeError:
-        return math.inf

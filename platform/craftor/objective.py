@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -14,3 +15,10 @@ def total(scores: Mapping[str, Float[Tensor, " b"]], weights: Mapping[str, float
 def loss(score: Float[Tensor, " b"], weight: float) -> Float[Tensor, ""]:
     """One reward's share of the batch loss, `-weight * mean(score)`."""
     return -weight * score.mean()
+
+
+def cotangent(weight: float, share: float, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, " b"]:
+    """dL/d(score) of one reward, for `share` times the batch loss: `-share * weight / b` for each image."""
+    score = images.new_zeros(len(images), dtype=torch.float32, requires_grad=True)
+    (derivative,) = torch.autograd.grad(share * loss(score, weight), score)
+    return derivative

@@ -76,6 +76,8 @@ class Run(Section):
 
 class Workers(Section):
     num: int = Field(1, ge=1)
+    gpu: bool = False
+    """One GPU for each worker."""
     threads: int = Field(1, ge=1)
     """CPU threads per worker; part of the recipe because bit-for-bit results depend on it."""
 
@@ -145,7 +147,9 @@ class Recipe(Section):
             known = self.task.metrics()
             for rule in self.guards.rules:
                 if rule.metric not in known:
-                    unscored = "; it is scored in evaluation only: give it `every`" if rule.metric in self.task.rewards else ""
+                    unscored = (
+                        "; it is scored in evaluation only: give it `every`" if rule.metric in self.task.rewards else ""
+                    )
                     raise ValueError(f"guards: no metric {rule.metric!r}{unscored}; there are {', '.join(known)}")
         return self
 

@@ -1,29 +1,13 @@
 """The `[task]` section of a recipe, by kind. Imports no torch."""
 
-from typing import Annotated, Literal
+from itertools import combinations
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from craftor.guards import OTHERS, STATISTICS
+from craftor.reward_settings import Composition, Reward, expand_preset
 from craftor.rollout import Rollout, Section, Window
-
-
-class Reward(Section):
-    kind: str
-    """A key of `craftor_rewards.REWARDS`."""
-    weights: str
-    """Folder or hub id of the reward's weights; `micro:NAME` is shipped."""
-    weight: float = Field(0.0, ge=0)
-    """Factor of the (unscaled) score in the objective."""
-    evaluation_only: bool = False
-
-    @model_validator(mode="after")
-    def _weight_or_evaluation_only(self) -> "Reward":
-        if self.evaluation_only == (self.weight > 0):
-            raise ValueError(
-                f"weight is {self.weight} and evaluation_only is {str(self.evaluation_only).lower()}; "
-                "allowed: weight > 0 for a trained reward, or evaluation_only = true with no weight"
-            )
-        return self
 
 
 class Part(Section):
@@ -85,12 +69,38 @@ class Tuning(Section):
     train: Train = Train(text_encoder=Part())
     rollout: Rollout = Rollout()
     rewards: dict[str, Reward]
+    """By name. `preset = "paper_text"`, "script" or "table6" stands for TextCraftor's four rewards with these weights
+    (`reward_settings`); further keys add rewards to them or change theirs: `clip = { weight = 50.0 }`."""
+    composition: Composition = Composition()
     anchor: float = Field(0.0, ge=0)
     """Weight of the mean squared distance of the prompts' embeddings from the original encoder's."""
+
+    def metrics(self) -> tuple[str, ...]:
+        """Names of what a run logs, as the rules of `[guards]` know them."""
+        trained = [name for name, reward in self.rewards.items() if not reward.evaluation_only]
+        watched = [name for name, reward in self.rewards.items() if reward.every]
+        kinds = ["share"] if len(trained) > 1 else []
+        kinds += ["factor"] if self.composition.moves else []
+        kinds += ["norm"] if self.composition.weights == "equal_shares" else []
+        each = [f"{kind}/{name}" for kind in kinds for name in trained]
+        pairs = [f"cosine/{a}/{b}" for a, b in combinations(trained, 2)]
+        return (*trained, *watched, *STATISTICS, *OTHERS, *each, *pairs)
 
     def acts(self) -> range:
         """The denoising steps of a rollout that see the trained encoder."""
         return range(self.rollout.num_steps)
+
+    @field_validator("rewards", mode="before")
+    @classmethod
+    def _expand_preset(cls, rewards: Any) -> Any:
+        return expand_preset(rewards)
+
+    @field_validator("rewards")
+    @classmethod
+    def _names_are_free(cls, rewards: dict[str, Reward]) -> dict[str, Reward]:
+        if taken := [name for name in rewards if name in (*STATISTICS, *OTHERS)]:
+            raise ValueError(f"a reward is named {taken[0]!r}, which is another metric's name; choose another")
+        return rewards
 
     @field_validator("rewards")
     @classmethod

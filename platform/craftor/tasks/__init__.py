@@ -21,9 +21,24 @@ class Task(Protocol):
         """Forward and backward for a slice of a batch.
 
         Adds the gradient of `share` times the slice's mean loss to the parameters; returns per-sample metrics, `loss`
-        first.
+        first: one number a sample, or a row of them that `observe` makes sense of.
         """
         ...
+
+    @property
+    def needs_start(self) -> bool:
+        """Whether a step follows from running statistics, and there are none yet: `observe` a batch first."""
+        ...
+
+    def observe(self, metrics: Mapping[str, Tensor]) -> dict[str, float]:
+        """The whole batch's metrics, the same on every worker -> the figures to log; running statistics move on."""
+        ...
+
+    def state(self) -> dict[str, float]:
+        """Running statistics, for a checkpoint; `restore` takes them back."""
+        ...
+
+    def restore(self, state: Mapping[str, float]) -> None: ...
 
     def pictures(self) -> Tensor | None:
         """The images of the last step in [0, 1], where the task makes any: to look at, logged with checkpoints."""

@@ -17,6 +17,7 @@ class DenoisingTask:
     """Velocity or noise prediction with min-SNR weights and caption dropout, on latents prepared in advance."""
 
     rates: Mapping[str, float | None] = {}
+    needs_start = False
 
     def __init__(self, recipe: Recipe, device: torch.device | str = "cpu") -> None:
         assert isinstance(recipe.task, Denoising)
@@ -28,6 +29,15 @@ class DenoisingTask:
         self.module = nn.ModuleDict({"unet": self.diffuser.unet.requires_grad_(True).train()})
         with torch.no_grad():
             self.null = self.diffuser.null().embeds
+
+    def observe(self, metrics: Mapping[str, Tensor]) -> dict[str, float]:
+        return {name: values.mean().item() for name, values in metrics.items()}
+
+    def state(self) -> dict[str, float]:
+        return {}
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        assert not state
 
     def pictures(self) -> Tensor | None:
         return None

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from craftor import objective, seeds, trainable
-from craftor.decode import decode, saturated
+from craftor import seeds, trainable
+from craftor.decode import decode
 from craftor.denoise import Prompt
 from craftor.diffuser import assert_frozen, load
 from craftor.embed import embed
+from craftor.image_statistics import measure, summarise
 from craftor.recipe import DirectTuning, Recipe
 from craftor.scoring import Scoring
 from craftor.stream import Rows
@@ -37,8 +38,22 @@ class DirectTuningTask:
         num_timesteps = self.diffuser.scheduler.config.num_train_timesteps
         finest = self.settings.rollout.model_copy(update={"num_steps": num_timesteps})
         self.guided = self.diffuser.guided(finest, trained.get("unet"))
-        self.scoring = Scoring(self.settings.rewards, self.diffuser.device)
+        self.scoring = Scoring(self.settings, recipe.guards, self.diffuser.device)
+        self.batch_size = recipe.run.batch_size
         self.images: Tensor | None = None
+
+    @property
+    def needs_start(self) -> bool:
+        return self.scoring.composition.needs_start
+
+    def observe(self, metrics: Mapping[str, Tensor]) -> dict[str, float]:
+        return {**summarise(metrics), **self.scoring.composition.observe(metrics)}
+
+    def state(self) -> dict[str, float]:
+        return self.scoring.composition.state()
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        self.scoring.composition.restore(state)
 
     def pictures(self) -> Tensor | None:
         return self.images
@@ -62,12 +77,13 @@ class DirectTuningTask:
         prompt = Prompt(embed(self.encoders, rows.ids(device)), self.diffuser.null(self.encoders))
         predicted = p * noisy + q * self.guided.output(noisy, prompt, timesteps.to(device))  # equation 4
         images = decode(self.diffuser.vae, predicted)
-        scores, gradient = self.scoring(images, [str(prompt) for prompt in rows.columns["prompt"]], share)
+        prompts = [str(prompt) for prompt in rows.columns["prompt"]]
+        scores, gradient = self.scoring(images, prompts, share, rows.position[0] // self.batch_size)
         images.backward(gradient)
 
         self.images = images.detach()
-        total = objective.total(scores, self.scoring.weights)
-        return {"loss": -total, "total": total, **scores, "saturated": saturated(self.images)}
+        total = self.scoring.total(scores)
+        return {"loss": -total, "total": total, **scores, **measure(self.images, prompts)}
 
     def _coefficients(self, timesteps: Tensor) -> Tensor:
         """x0's (p, q) and the noise level's (alpha, sigma), as columns over the rows."""

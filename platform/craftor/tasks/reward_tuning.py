@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from craftor import objective, prefix, seeds, trainable
-from craftor.decode import decode, saturated
+from craftor import prefix, seeds, trainable
+from craftor.decode import decode
 from craftor.denoise import Chain, Prompt, State, sample
 from craftor.diffuser import assert_frozen, load
 from craftor.embed import Condition, embed
+from craftor.image_statistics import measure, summarise
 from craftor.plan import Plan, plan
 from craftor.prefix_cache import read_manifest
 from craftor.recipe import Recipe, RewardTuning
@@ -36,7 +37,8 @@ class RewardTuningTask:
         unet = known.get("unet")
         self.guided = self.diffuser.guided(self.settings.rollout, unet)
         self.unet_parameters = [p for p in unet.parameters() if p.requires_grad] if unet is not None else []
-        self.scoring = Scoring(self.settings.rewards, self.diffuser.device)
+        self.scoring = Scoring(self.settings, recipe.guards, self.diffuser.device)
+        self.batch_size = recipe.run.batch_size
         self.null_ids = self.diffuser.tokenize([""])
         self.span = self.settings.window.span(self.guided.num_steps)
         self.direct = self.settings.window.gradient_path == "direct"
@@ -45,6 +47,19 @@ class RewardTuningTask:
         cache = self.settings.prefix.cache
         self.prefix_stop = read_manifest(cache)["stop"] if cache else self.span.start
         self.images: Tensor | None = None
+
+    @property
+    def needs_start(self) -> bool:
+        return self.scoring.composition.needs_start
+
+    def observe(self, metrics: Mapping[str, Tensor]) -> dict[str, float]:
+        return {**summarise(metrics), **self.scoring.composition.observe(metrics)}
+
+    def state(self) -> dict[str, float]:
+        return self.scoring.composition.state()
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        self.scoring.composition.restore(state)
 
     def pictures(self) -> Tensor | None:
         return self.images
@@ -72,15 +87,15 @@ class RewardTuningTask:
         chain = Chain(self.guided, where, tuned_leaves, outside, self.direct, kept, self.unet_parameters)
         final = chain.forward(state)
         images = decode(self.diffuser.vae, final)
-        scores, image_gradient = self.scoring(images, prompts, share)
+        scores, image_gradient = self.scoring(images, prompts, share, rows.position[0] // self.batch_size)
         (final_gradient,) = torch.autograd.grad(images, final, image_gradient)
         chain.backward(final_gradient)
         self._into_encoders(tuned, tuned_leaves, share * anchor)
 
         self.images = images.detach()
-        total = objective.total(scores, self.scoring.weights)
-        metrics = {"loss": -total, "total": total, **scores, "saturated": saturated(self.images)}
-        return {name: values.view(-1, len(rows.position)).mean(dim=0) for name, values in metrics.items()}
+        total = self.scoring.total(scores)
+        metrics = {"loss": -total, "total": total, **scores, **measure(self.images, prompts)}
+        return {name: v.unflatten(0, (-1, len(rows.position))).mean(dim=0) for name, v in metrics.items()}
 
     def _embed(self, rows: Rows) -> tuple[Prompt, Prompt]:
         """The original encoders' prompt, and the trained ones' with its graph; the empty prompt is one more row."""

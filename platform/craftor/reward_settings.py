@@ -1,0 +1,104 @@
+"""The rewards of a recipe and how they are put together. Imports no torch."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from craftor.rollout import Section
+
+WEIGHTED = {
+    "clip": ("clip_score", "clip-vit-g-14"),
+    "aesthetic": ("aesthetic", "laion-aesthetic-v2"),
+    "pick": ("pick_score", "pick-score-v1"),
+    "hps": ("hps", "hps-v2"),
+}
+"""TextCraftor's four rewards: kind and public weights."""
+WEIGHTINGS = {
+    "paper_text": (100.0, 1.0, 1.0, 100.0),
+    "script": (50.0, 3.0, 1.0, 100.0),
+    "table6": (100.0, 3.0, 1.0, 100.0),
+}
+"""The weights that TextCraftor's text states, that its published command sets, and from which its ablation (table 6)
+departs, in the order of `WEIGHTED`. They weigh the scores as `craftor_rewards` returns them."""
+
+
+class Reward(Section):
+    kind: str
+    """A key of `craftor_rewards.REWARDS`."""
+    weights: str
+    """Folder or hub id of the reward's weights; `micro:NAME` is shipped."""
+    weight: float = Field(0.0, ge=0)
+    """Factor of the scaled score in the objective."""
+    scale: float = Field(1.0, gt=0)
+    """Factor that brings the score to a size in which weights of unlike rewards can be compared: 100 for a cosine."""
+    evaluation_only: bool = False
+    every: int | None = Field(None, ge=1)
+    """Score the training images by this evaluation-only reward every so many steps: a metric for `[guards]`."""
+
+    @property
+    def factor(self) -> float:
+        """What the score itself is multiplied by in the objective."""
+        return self.weight * self.scale
+
+    @model_validator(mode="after")
+    def _every_is_for_evaluation_only(self) -> "Reward":
+        if self.every is not None and not self.evaluation_only:
+            raise ValueError(f"every = {self.every} goes with evaluation_only = true: trained rewards score every step")
+        return self
+
+    @model_validator(mode="after")
+    def _weight_or_evaluation_only(self) -> "Reward":
+        if self.evaluation_only == (self.weight > 0):
+            raise ValueError(
+                f"weight is {self.weight} and evaluation_only is {str(self.evaluation_only).lower()}; "
+                "allowed: weight > 0 for a trained reward, or evaluation_only = true with no weight"
+            )
+        return self
+
+
+class Composition(Section):
+    """How several rewards become one gradient; the rewards' image gradients are known one by one."""
+
+    weights: Literal["given", "equal_shares"] = "given"
+    """`equal_shares` sets the weights so that each reward's gradient is as long as any other's, in the mean over the
+    batch; the given weights then only say how long all are together."""
+    conflicts: Literal["sum", "pcgrad"] = "sum"
+    """`pcgrad` drops from each reward's gradient what opposes another's, image by image (Yu et al. 2020)."""
+    normalise: bool = False
+    """Weigh scores less their running mean, over their running standard deviation."""
+    smoothing: float = Field(0.9, ge=0, lt=1)
+    """Share of what was known in the running means, the rest is the last batch's: the higher, the slower they move."""
+    report_every: int = Field(1, ge=1)
+    """Steps between reports of the cosines between the rewards' gradients and of their shares."""
+
+    @property
+    def moves(self) -> bool:
+        """Whether what a reward counts for changes from step to step."""
+        return self.normalise or self.weights == "equal_shares"
+
+    @model_validator(mode="after")
+    def _one_rule_for_weights(self) -> "Composition":
+        if self.normalise and self.weights == "equal_shares":
+            raise ValueError('normalise = true goes with weights = "given": equal shares follow from gradients alone')
+        return self
+
+
+def expand_preset(rewards: Any) -> Any:
+    """`[task.rewards]` with the rewards that its `preset` stands for, if it has one; its other keys change or add some.
+
+    Raises ValueError for an unknown preset.
+    """
+    if not isinstance(rewards, dict) or not isinstance(rewards.get("preset"), str):
+        return rewards
+    if (weights := WEIGHTINGS.get(rewards["preset"])) is None:
+        raise ValueError(f"preset is {rewards['preset']!r}; allowed: {', '.join(WEIGHTINGS)}")
+    preset = {
+        name: {"kind": kind, "weights": public, "weight": weight}
+        for (name, (kind, public)), weight in zip(WEIGHTED.items(), weights, strict=True)
+    }
+    given = {name: reward for name, reward in rewards.items() if name != "preset"}
+    changed = {
+        name: {**preset.get(name, {}), **reward} if isinstance(reward, dict) else reward
+        for name, reward in given.items()
+    }
+    return {**preset, **changed}
