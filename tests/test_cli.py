@@ -34,7 +34,10 @@ def test_version_and_help_do_not_load_torch() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("run.num_stps=3", "run.num_stps: unknown key; allowed here: batch_size, checkpoint_every, micro_batch, num_steps"),
+        (
+            "run.num_stps=3",
+            "run.num_stps: unknown key; allowed here: batch_size, checkpoint_every, micro_batch, num_steps",
+        ),
         ("task.window.last=30", "do not fit in rollout.num_steps = 4"),
         ("data.path=none.csv", "data.path = 'none.csv': no such file"),
         ("task.rewards.pick.kind=beauty", "unknown reward 'beauty'; available: aesthetic, clip_score, compressibility"),

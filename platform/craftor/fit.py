@@ -20,9 +20,10 @@ from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 from torch import Tensor, nn
 
-from craftor import checkpoint, stage, stream, watch
+from craftor import checkpoint, reward_actors, stage, stream, watch
 from craftor.pictures import save_sheet
-from craftor.recipe import Optimizer, Recipe, RewardTuning, Tuning
+from craftor.recipe import Optimizer, Recipe, Reward, RewardTuning, Tuning
+from craftor.reward_actors import RewardFailed
 from craftor.run_files import FAILURE, METRICS, MetricsLog, report_failure, report_gradient, write_json
 from craftor.tasks import Task, build
 
@@ -31,24 +32,33 @@ BUCKET = 25_000_000
 
 
 class TrainingStopped(RuntimeError):
-    """A number that is not finite, or a guard that stops the run; the message says which, checkpoints stand."""
+    """A number that is not finite, a reward that failed, or a guard; the message says which, checkpoints stand."""
 
 
 def fit(recipe: Recipe, run_dir: Path, rows: Path | str, num_rows: int) -> Path:
     """Train until `run.num_steps`, from the run's last checkpoint if it has one; returns the final checkpoint.
 
-    Raises TrainingStopped when a sample's loss is not finite, or by a rule of `[guards]`: at once where that has
-    happened before.
+    Raises TrainingStopped when a sample's loss is not finite, when a reward's actors fail, or by a rule of `[guards]`:
+    at once where that has happened before.
     """
     (run_dir / FAILURE).unlink(missing_ok=True)
     if watch.ended(run_dir) is None:
-        _train(recipe, run_dir, rows, num_rows)
+        try:
+            with reward_actors.running(_rewards(recipe)) as scope:
+                _train(recipe, run_dir, rows, num_rows, scope)
+        except RewardFailed as error:
+            raise TrainingStopped(str(error)) from None
     if (run_dir / FAILURE).exists():
         raise TrainingStopped(json.loads((run_dir / FAILURE).read_text())["message"])
     return _final_checkpoint(run_dir)
 
 
-def _train(recipe: Recipe, run_dir: Path, rows: Path | str, num_rows: int) -> None:
+def _rewards(recipe: Recipe) -> dict[str, Reward]:
+    rewards = recipe.task.rewards if isinstance(recipe.task, Tuning) else {}
+    return {name: reward for name, reward in rewards.items() if reward.in_training}
+
+
+def _train(recipe: Recipe, run_dir: Path, rows: Path | str, num_rows: int, reward_scope: str) -> None:
     """The workers' loop, again from the last checkpoint where a worker dies."""
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
@@ -60,6 +70,7 @@ def _train(recipe: Recipe, run_dir: Path, rows: Path | str, num_rows: int) -> No
             "run_dir": str(run_dir.resolve()),
             "rows": str(rows.resolve()) if isinstance(rows, Path) else rows,
             "num_rows": num_rows,
+            "reward_scope": reward_scope,
         },
         scaling_config=ScalingConfig(num_workers=recipe.workers.num, use_gpu=recipe.workers.gpu),
         datasets={"rows": stream.read(rows)},
@@ -92,7 +103,19 @@ def _final_checkpoint(run_dir: Path) -> Path:
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """One Ray Train worker: restore, then step to the end."""
+    """One Ray Train worker. A reward that fails is written into the run's folder, for `fit` to raise."""
+    run_dir = Path(config["run_dir"])
+    if (run_dir / FAILURE).exists():
+        return  # a reward failed, and Ray Train has started all workers again
+    try:
+        _steps(config)
+    except RewardFailed as error:
+        write_json(run_dir / FAILURE, {"message": f"{error}\nThe last checkpoint stands"})
+        raise  # the others wait for this worker's gradient: Ray Train ends them all
+
+
+def _steps(config: dict[str, Any]) -> None:
+    """Restore, then step to the end."""
     recipe = Recipe.model_validate(config["recipe"])
     run_dir, settings = Path(config["run_dir"]), recipe.optimizer
     torch.set_num_threads(recipe.workers.threads)
@@ -101,7 +124,8 @@ def train_worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
 
-    task = build(recipe, get_device())
+    elsewhere = reward_actors.connect(_rewards(recipe), config["reward_scope"], rank)
+    task = build(recipe, get_device(), elsewhere)
     task.assert_frozen()
     trained = checkpoint.trained(task.module)
     groups = [

@@ -1,5 +1,6 @@
 """Recipes: one TOML file -> one frozen, fully validated `Recipe`. Imports no torch."""
 
+import math
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -135,10 +136,12 @@ class Recipe(Section):
 
     @property
     def num_processes(self) -> int:
-        """Training workers, and the actors that compute prefixes for them: what a local cluster needs CPUs for."""
-        if isinstance(self.task, RewardTuning) and self.task.prefix.mode == "stage":
-            return self.workers.num * (1 + self.task.prefix.actors)
-        return self.workers.num
+        """Training workers, and the actors that compute prefixes or rewards: what a local cluster needs CPUs for."""
+        staged = isinstance(self.task, RewardTuning) and self.task.prefix.mode == "stage"
+        prefixes = self.task.prefix.actors if isinstance(self.task, RewardTuning) and staged else 0
+        rewards = self.task.rewards.values() if isinstance(self.task, Tuning) else ()
+        placed = [r.replicas * r.num_cpus for r in rewards if r.placement == "actors" and r.in_training]
+        return self.workers.num * (1 + prefixes) + math.ceil(sum(placed))
 
     @model_validator(mode="after")
     def _guards_watch_what_there_is(self) -> "Recipe":

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from craftor.rollout import Section
 
@@ -21,6 +21,13 @@ WEIGHTINGS = {
 """The weights that TextCraftor's text states, that its published command sets, and from which its ablation (table 6)
 departs, in the order of `WEIGHTED`. They weigh the scores as `craftor_rewards` returns them."""
 
+ACTOR_KEYS = ("replicas", "num_cpus", "num_gpus", "runtime_env", "timeout_seconds")
+RUNTIME_ENV = (
+    *("conda", "config", "container", "env_vars", "excludes", "image_uri", "pip"),
+    *("py_executable", "py_modules", "uv", "working_dir"),
+)
+"""The keys of Ray's `runtime_env` that are data."""
+
 
 class Reward(Section):
     kind: str
@@ -34,11 +41,45 @@ class Reward(Section):
     evaluation_only: bool = False
     every: int | None = Field(None, ge=1)
     """Score the training images by this evaluation-only reward every so many steps: a metric for `[guards]`."""
+    placement: Literal["inline", "actors"] = "inline"
+    """In each training worker, or in Ray actors that all of them share; the keys below are the actors'."""
+    replicas: int = Field(1, ge=1)
+    """Actors; each batch is divided among them."""
+    num_cpus: float = Field(1.0, ge=0)
+    """Of each actor: what Ray reserves, and its number of threads."""
+    num_gpus: float = Field(0.0, ge=0)
+    """Of each actor, which computes on the GPU unless this is 0."""
+    runtime_env: dict[str, Any] = {}
+    """Ray's `runtime_env`: packages, variables or an image of the actors' own."""
+    timeout_seconds: float = Field(600.0, gt=0)
+    """The longest to wait for the actors to start, and for an answer."""
 
     @property
     def factor(self) -> float:
         """What the score itself is multiplied by in the objective."""
         return self.weight * self.scale
+
+    @property
+    def in_training(self) -> bool:
+        """Whether it scores training images, to train or to watch."""
+        return not self.evaluation_only or self.every is not None
+
+    @field_validator("runtime_env")
+    @classmethod
+    def _known_to_ray(cls, runtime_env: dict[str, Any]) -> dict[str, Any]:
+        if unknown := sorted(runtime_env.keys() - set(RUNTIME_ENV)):
+            raise ValueError(f"unknown key {', '.join(unknown)}; allowed: {', '.join(RUNTIME_ENV)}")
+        return runtime_env
+
+    @model_validator(mode="after")
+    def _actors_have_their_keys(self) -> "Reward":
+        given = [key for key in ACTOR_KEYS if getattr(self, key) != type(self).model_fields[key].default]
+        if self.placement == "inline" and given:
+            raise ValueError(
+                f'placement is "inline" but {given[0]} is {getattr(self, given[0])!r}; '
+                f'{", ".join(ACTOR_KEYS)} go with placement = "actors"'
+            )
+        return self
 
     @model_validator(mode="after")
     def _every_is_for_evaluation_only(self) -> "Reward":

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -21,6 +22,16 @@ not asked for."""
 ScoreAndGradient = Callable[[Float[Tensor, "b 3 H W"], Sequence[str], Float[Tensor, " b"] | None], Callable[[], Scored]]
 """(images, prompts, cotangent) -> a call that waits for the result: rewards elsewhere may compute meanwhile. Without a
 cotangent only the scores are wanted. A sample's gradient depends on that sample's cotangent alone."""
+
+
+class Elsewhere(Protocol):
+    """A reward that other processes compute: a `ScoreAndGradient` that also says whether it has a gradient."""
+
+    differentiable: bool
+
+    def __call__(
+        self, images: Float[Tensor, "b 3 H W"], prompts: Sequence[str], cotangent: Float[Tensor, " b"] | None
+    ) -> Callable[[], Scored]: ...
 
 
 def inline(reward: Reward) -> ScoreAndGradient:
@@ -44,23 +55,31 @@ def inline(reward: Reward) -> ScoreAndGradient:
 class Scoring:
     """The rewards of a recipe: those that train, composed, and those that only watch.
 
-    Raises ValueError for a reward that is to train and has no gradient.
+    `elsewhere` has those whose placement is not inline. Raises ValueError for a reward that is to train and has no
+    gradient.
     """
 
-    def __init__(self, settings: Tuning, guards: Guards, device: torch.device) -> None:
-        used = {name: reward for name, reward in settings.rewards.items() if reward.every or not reward.evaluation_only}
-        built = {name: build(reward.kind, locate(reward.weights)) for name, reward in used.items()}
+    def __init__(
+        self, settings: Tuning, guards: Guards, device: torch.device, elsewhere: Mapping[str, Elsewhere]
+    ) -> None:
+        used = {name: reward for name, reward in settings.rewards.items() if reward.in_training}
+        here = {name: reward for name, reward in used.items() if reward.placement == "inline"}
+        assert used.keys() <= here.keys() | elsewhere.keys(), "a reward is placed on actors that nobody has started"
+        built = {name: build(reward.kind, locate(reward.weights)) for name, reward in here.items()}
         self.watching = {name: reward.every for name, reward in used.items() if reward.every}
         self.rewards = {name: reward for name, reward in built.items() if name not in self.watching}
-        self.weights = {name: used[name].factor for name in self.rewards}
-        for name, reward in built.items():
-            if name in self.rewards and not reward.differentiable:
+        self.weights = {name: reward.factor for name, reward in used.items() if name not in self.watching}
+        for name in self.weights:
+            if not (built[name] if name in here else elsewhere[name]).differentiable:
                 raise ValueError(f"task.rewards.{name}: not differentiable, so it cannot be backpropagated")
+        for reward in built.values():
             if isinstance(reward, nn.Module):
                 reward.to(device)
         self.guards, self.composition = guards, Composition(settings.composition, self.weights)
         self.built = built
-        self.calls: dict[str, ScoreAndGradient] = {name: inline(reward) for name, reward in built.items()}
+        self.calls: dict[str, ScoreAndGradient] = {
+            name: inline(built[name]) if name in here else elsewhere[name] for name in used
+        }
 
     def __call__(
         self, images: Float[Tensor, "b 3 H W"], prompts: list[str], share: float, step: int = 0

@@ -26,8 +26,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-# Before anything imports transformers, which warns on import of what this machine has not installed.
+# Before anything imports transformers: it warns on import of what this machine has not installed.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "runs" / "bench"

@@ -9,6 +9,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -46,6 +47,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=3)
     arguments = parser.parse_args()
+    if find_spec("trl") is None:
+        parser.error(
+            "trl 0.23.1 is not on the path; `make bench-train` installs it beside the project and puts it there"
+        )
     started = time.perf_counter()
     hush()
     torch.set_num_threads(1)

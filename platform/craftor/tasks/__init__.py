@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from craftor.recipe import Recipe
+from craftor.scoring import Elsewhere
 from craftor.stream import Rows
 
 
@@ -53,16 +54,16 @@ class Task(Protocol):
         ...
 
 
-def build(recipe: Recipe, device: torch.device | str = "cpu") -> Task:
-    """The task a recipe names, with its models on a device."""
+def build(recipe: Recipe, device: torch.device | str = "cpu", elsewhere: Mapping[str, Elsewhere] | None = None) -> Task:
+    """The task a recipe names, with its models on a device; `elsewhere` computes the rewards that are not inline."""
     if recipe.task.kind == "reward_tuning":
         from craftor.tasks.reward_tuning import RewardTuningTask
 
-        return RewardTuningTask(recipe, device)
+        return RewardTuningTask(recipe, device, elsewhere)
     if recipe.task.kind == "direct_tuning":
         from craftor.tasks.direct_tuning import DirectTuningTask
 
-        return DirectTuningTask(recipe, device)
+        return DirectTuningTask(recipe, device, elsewhere)
     from craftor.tasks.denoising import DenoisingTask
 
     return DenoisingTask(recipe, device)

@@ -18,14 +18,16 @@ from craftor.diffuser import assert_frozen, load
 from craftor.embed import embed
 from craftor.image_statistics import measure, summarise
 from craftor.recipe import DirectTuning, Recipe
-from craftor.scoring import Scoring
+from craftor.scoring import Elsewhere, Scoring
 from craftor.stream import Rows
 
 
 class DirectTuningTask:
     """One graph per batch: encoder, one guided UNet call, decoder, rewards."""
 
-    def __init__(self, recipe: Recipe, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, recipe: Recipe, device: torch.device | str = "cpu", elsewhere: Mapping[str, Elsewhere] | None = None
+    ) -> None:
         assert isinstance(recipe.task, DirectTuning)
         self.settings, self.seed = recipe.task, recipe.seed
         self.diffuser = load(recipe.model, device)
@@ -38,7 +40,7 @@ class DirectTuningTask:
         num_timesteps = self.diffuser.scheduler.config.num_train_timesteps
         finest = self.settings.rollout.model_copy(update={"num_steps": num_timesteps})
         self.guided = self.diffuser.guided(finest, trained.get("unet"))
-        self.scoring = Scoring(self.settings, recipe.guards, self.diffuser.device)
+        self.scoring = Scoring(self.settings, recipe.guards, self.diffuser.device, elsewhere or {})
         self.batch_size = recipe.run.batch_size
         self.images: Tensor | None = None
 

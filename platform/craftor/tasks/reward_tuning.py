@@ -16,7 +16,7 @@ from craftor.plan import Plan, plan
 from craftor.prefix_cache import read_manifest
 from craftor.recipe import Recipe, RewardTuning
 from craftor.replay import kept_steps, measure_kept_steps
-from craftor.scoring import Scoring
+from craftor.scoring import Elsewhere, Scoring
 from craftor.solver import add_noise
 from craftor.stream import Rows
 
@@ -24,7 +24,9 @@ from craftor.stream import Rows
 class RewardTuningTask:
     """The original encoder conditions the steps outside the window, the trained one those inside."""
 
-    def __init__(self, recipe: Recipe, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, recipe: Recipe, device: torch.device | str = "cpu", elsewhere: Mapping[str, Elsewhere] | None = None
+    ) -> None:
         assert isinstance(recipe.task, RewardTuning)
         self.settings, self.seed = recipe.task, recipe.seed
         self.diffuser = load(recipe.model, device)
@@ -37,7 +39,7 @@ class RewardTuningTask:
         unet = known.get("unet")
         self.guided = self.diffuser.guided(self.settings.rollout, unet)
         self.unet_parameters = [p for p in unet.parameters() if p.requires_grad] if unet is not None else []
-        self.scoring = Scoring(self.settings, recipe.guards, self.diffuser.device)
+        self.scoring = Scoring(self.settings, recipe.guards, self.diffuser.device, elsewhere or {})
         self.batch_size = recipe.run.batch_size
         self.null_ids = self.diffuser.tokenize([""])
         self.span = self.settings.window.span(self.guided.num_steps)
