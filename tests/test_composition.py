@@ -44,7 +44,7 @@ def scoring(tiny: Path, composition: dict | None = None, guards: Guards = QUIET,
         **rewards,
     }
     task = DirectTuning(kind="direct_tuning", rewards=settings, composition=composition or {})
-    return Scoring(task, guards, torch.device("cpu"))
+    return Scoring(task, guards, torch.device("cpu"), {})
 
 
 def pictures(seed: int = 0, number: int = 3) -> Tensor:

@@ -188,7 +188,7 @@ def linear(tiny: Path, guards: Guards, **rewards: dict) -> Scoring:
         "line": {"kind": f"{__name__}:Linear", "weights": "1", "weight": 2.0},
         **rewards,
     }
-    return Scoring(DirectTuning(kind="direct_tuning", rewards=settings), guards, torch.device("cpu"))
+    return Scoring(DirectTuning(kind="direct_tuning", rewards=settings), guards, torch.device("cpu"), {})
 
 
 def test_sharpness_of_a_linear_reward_is_its_slope(tiny: Path) -> None:

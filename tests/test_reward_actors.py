@@ -364,8 +364,9 @@ def named_actors() -> set[str]:
 
 
 def actor_processes() -> list[psutil.Process]:
+    """Those of this Ray, which began it: no other's on the machine."""
     found = []
-    for process in psutil.process_iter():
+    for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             if any(RewardActor.__name__ in part for part in process.cmdline()):
                 found.append(process)

@@ -18,8 +18,6 @@ def ray_session(num_workers: int) -> Iterator[None]:
     if "RAY_ADDRESS" not in os.environ:
         # Ray Data's actors make the core worker print an error about restarts that has no effect here.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        # A run's dozen actors start at once, and Ray would warn of it.
-        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
     import ray
     import ray.data
 

@@ -54,7 +54,7 @@ def main() -> None:
     placed |= {f"task.rewards.{name}.replicas": arguments.replicas for name in trained}
     recipe = load(path, placed)
     assert isinstance(recipe.task, RewardTuning)
-    with ray_session(recipe.num_cpus), running(recipe.task.rewards) as scope:
+    with ray_session(recipe.num_processes), running(recipe.task.rewards) as scope:
         elsewhere = connect(recipe.task.rewards, scope)
         tasks = {"inline": RewardTuningTask(inline_recipe), "actors": RewardTuningTask(recipe, "cpu", elsewhere)}
         rows = one_batch(tasks["inline"], inline_recipe, arguments.batch_size)
