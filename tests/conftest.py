@@ -149,7 +149,10 @@ def tiny_recipe(tiny: Path, tmp_path: Path) -> Path:
 
 
 def write_tiny_recipe(tiny: Path, folder: Path) -> Path:
-    """A complete reward-tuning recipe on the tiny models: 4 denoising steps, the last 2 with gradient."""
+    """A complete reward-tuning recipe on the tiny models: 4 denoising steps, the last 2 with gradient.
+
+    It trains in the test's own process: on two cores a process that imports all of this costs more than its run.
+    """
     path = folder / "tiny.toml"
     path.write_text(
         f"""
@@ -159,7 +162,7 @@ model = {{ path = "{tiny}/pipeline" }}
 data = {{ path = "{tiny}/prompts.txt" }}
 optimizer = {{ lr = 1e-3, warmup_steps = 2, cosine_from = 0.5 }}
 run = {{ num_steps = 24, batch_size = 4, checkpoint_every = 4 }}
-workers = {{ num = 1, threads = 1 }}
+workers = {{ num = 0, threads = 1 }}
 register = {{ name = "tiny", aliases = ["candidate"] }}
 
 [task]

@@ -252,7 +252,7 @@ def test_settings_refuse_what_they_do_not_know() -> None:
 def test_a_guarded_and_normalised_run_rolls_back_and_resumes_to_the_same_bits(
     tiny_recipe: Path, tmp_path: Path
 ) -> None:
-    """Two workers. The learning rate, which warms up, stands for a metric that moves: 1/8 of it more every step."""
+    """The learning rate, which warms up, stands for a metric that moves: 1/8 of it more every step."""
     rules = [
         {"metric": "lr", "above": 2e-4, "patience": 1, "over": 1},
         {"metric": "lr", "above": 5.5e-4, "patience": 2, "over": 1, "action": "roll_back"},
@@ -262,7 +262,6 @@ def test_a_guarded_and_normalised_run_rolls_back_and_resumes_to_the_same_bits(
         "guards": {"rules": rules, "sharpness_every": 2},
         "optimizer.warmup_steps": 8,
         "run.checkpoint_every": 2,
-        "workers.num": 2,
     }
     whole, again = tmp_path / "runs" / "whole", tmp_path / "runs" / "again"
     trained = job.train(load(tiny_recipe, changes), tiny_recipe, whole)

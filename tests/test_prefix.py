@@ -64,7 +64,8 @@ def test_worker_stage_and_cache_train_the_same_bits(tiny_recipe: Path, tmp_path:
         "stage": {"mode": "stage"},
         "cache": {"mode": "cache", "cache": str(cache)},
     }.items():
-        settings = recipe(tiny_recipe, task__prefix=prefix)
+        # A worker of its own starts the actors of its stage, as on a cluster; the others train in this process.
+        settings = recipe(tiny_recipe, task__prefix=prefix, workers__num=int(mode == "stage"))
         found[mode] = weights(job.train(settings, tiny_recipe, tmp_path / mode).run_dir)
     for mode in ("stage", "cache"):
         for name, value in found["worker"].items():
@@ -113,9 +114,10 @@ def test_filling_goes_on_where_it_stopped(tiny_recipe: Path, tmp_path: Path, cac
 def test_a_cache_that_does_not_fit_is_refused(
     tiny_recipe: Path, tmp_path: Path, cache: Path, change: dict, message: str
 ) -> None:
+    runs = cache.parent / "runs"  # shared, for its MLflow store takes seconds to make
     overrides = {**QUICK, "task.prefix": {"mode": "cache", "cache": str(cache)}, **change}
     with pytest.raises(RecipeError, match=message):
-        job.train(load(tiny_recipe, overrides), tiny_recipe, tmp_path / "run")
+        job.train(load(tiny_recipe, overrides), tiny_recipe, runs / tmp_path.name)
 
 
 def test_latents_that_are_not_finite_are_refused(tiny_recipe: Path) -> None:

@@ -243,15 +243,15 @@ def test_a_reward_that_cannot_start_says_why(settings: dict[str, Reward], cluste
 def test_a_run_on_actors_is_the_inline_run_until_a_reward_fails(
     cluster: None, tiny_recipe: Path, tmp_path: Path
 ) -> None:
-    """Two workers share four actors; one that trains is killed on the way, and the one that watches fails in step 11.
+    """One of four actors that train is killed on the way, and the one that watches fails in step 11.
 
-    One worker meets the failure while the other waits for its gradient. The checkpoint stands, and no actor is left.
+    The checkpoint stands, and no actor is left.
     """
     short = {"run.num_steps": 12, "run.checkpoint_every": 2, "optimizer.cosine_from": 1.0}
     train(load(tiny_recipe, short), tmp_path / "inline")
     out, before, others = tmp_path / "actors", named_actors(), {process.pid for process in actor_processes()}
     (tmp_path / "users_rewards.py").write_text(SCRIPTED)
-    (tmp_path / "watching").write_text("21")  # calls that go well: two a step
+    (tmp_path / "watching").write_text("10")  # calls that go well: one a step
     watching = scripted(tmp_path, "watching").model_copy(update={"weight": 0.0, "evaluation_only": True, "every": 1})
     placed = {"task.rewards.watching": watching.model_dump(exclude_none=True), "task.rewards.clip.replicas": 2}
     for name in ("clip", "pick"):
@@ -268,7 +268,7 @@ def test_a_run_on_actors_is_the_inline_run_until_a_reward_fails(
 
     threading.Thread(target=kill_one, daemon=True).start()
     with pytest.raises(TrainingStopped, match=r"(?s)'watching' failed twice.*TooBeautiful.*The last checkpoint stands"):
-        train(load(tiny_recipe, short | {"workers.num": 2} | placed), out)
+        train(load(tiny_recipe, short | {"workers.num": 1} | placed), out)
     assert killed
     assert named_actors() == before
     last = checkpoint.latest(out)
@@ -334,10 +334,10 @@ def test_a_misplaced_key_is_named_with_its_recipe(tiny_recipe: Path) -> None:
 
 
 def test_a_recipe_counts_the_processors_of_its_actors(tiny_recipe: Path) -> None:
-    assert load(tiny_recipe).num_processes == 1
+    assert load(tiny_recipe).num_processes == 0  # it trains in the driver
     pick = {"task.rewards.pick": {"kind": "aesthetic", "weights": "x", "weight": 1.0, "placement": "actors"}}
     three = {"task.rewards.pick.replicas": 3, "task.rewards.pick.num_cpus": 0.5}
-    assert load(tiny_recipe, pick | three).num_processes == 3
+    assert load(tiny_recipe, pick | three).num_processes == 2
 
 
 def test_the_keys_of_a_runtime_env_are_rays() -> None:

@@ -53,3 +53,9 @@ def test_what_mlflow_has_is_not_sent_again(tracker: tracking.Tracker) -> None:
         with again.reachable():
             pass
     assert logged(tracker) == [(1, 0.5), (2, 0.25), (3, pytest.approx(0.5 / 3))]
+
+
+def test_each_folder_of_runs_has_its_own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    tracking.client(tmp_path / "first").create_registered_model("mine")
+    assert not tracking.client(tmp_path / "second").search_registered_models()

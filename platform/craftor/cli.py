@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from craftor import __version__
 from craftor.preflight import check
-from craftor.recipe import RecipeError, load, parse_override
+from craftor.recipe import RecipeError, load, load_run, parse_override
 from craftor.rewards_command import app as rewards_app
 
 app = typer.Typer(
@@ -59,6 +59,7 @@ def train(
     if resume is not None:
         if overrides or out:
             raise RecipeError("--resume goes on with the run's own recipe and folder; --set and --out do not apply")
+        load_run(resume)
         from craftor.job import resume as go_on
 
         trained = go_on(resume)

@@ -18,6 +18,8 @@ def ray_session(num_workers: int) -> Iterator[None]:
     if "RAY_ADDRESS" not in os.environ:
         # Ray Data's actors make the core worker print an error about restarts that has no effect here.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        # Nobody preempts a node of one's own machine, and a watcher is one more process that imports all of Ray Train.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     import ray
     import ray.data
 

@@ -125,7 +125,8 @@ def _steps(config: dict[str, Any]) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
 
     elsewhere = reward_actors.connect(_rewards(recipe), config["reward_scope"], rank)
-    task = build(recipe, get_device(), elsewhere)
+    device = get_device() if recipe.workers.gpu else torch.device("cpu")
+    task = build(recipe, device, elsewhere)
     task.assert_frozen()
     trained = checkpoint.trained(task.module)
     groups = [
@@ -187,7 +188,7 @@ def _steps(config: dict[str, Any]) -> None:
             ends = guard.ends(record, task.pictures())
             if step % recipe.run.checkpoint_every == 0 or step == recipe.run.num_steps:
                 save(recipe, run_dir, step, task, optimizer, average)
-        if may_end and agreed(ends, world_size):
+        if may_end and agreed(ends, world_size, device):
             return
 
 
@@ -270,11 +271,11 @@ def gather(metrics: dict[str, Tensor], world_size: int) -> dict[str, Tensor]:
     return {name: c.reshape(-1, *v.shape[1:]) for (name, v), c in zip(metrics.items(), columns, strict=True)}
 
 
-def agreed(ends: bool, world_size: int) -> bool:
+def agreed(ends: bool, world_size: int, device: torch.device) -> bool:
     """Worker 0's decision, on every worker."""
     if world_size == 1:
         return ends
-    decision = torch.tensor([float(ends)], device=get_device())
+    decision = torch.tensor([float(ends)], device=device)
     torch.distributed.broadcast(decision, src=0)
     return bool(decision.item())
 

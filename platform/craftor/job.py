@@ -18,8 +18,7 @@ from craftor.diffuser import load as load_diffuser
 from craftor.fit import METRICS, TrainingStopped, fit, write_json
 from craftor.locate import absolute
 from craftor.prompts import Prepared
-from craftor.recipe import Recipe, RecipeError
-from craftor.recipe import load as load_recipe
+from craftor.recipe import Recipe, RecipeError, load_run
 
 
 @dataclass(frozen=True)
@@ -55,9 +54,7 @@ def train(recipe: Recipe, source: Path, run_dir: Path) -> Trained:
 
 def resume(run_dir: Path) -> Trained:
     """Go on with a run from its last complete checkpoint, however it ended."""
-    if not (run_dir / "recipe.toml").is_file():
-        raise RecipeError(f"{run_dir}: no run to resume there (no recipe.toml)")
-    recipe = load_recipe(run_dir / "recipe.toml")
+    recipe = load_run(run_dir)
     preflight.check(recipe, run_dir / "recipe.toml")
     connected = tracking.client(run_dir.parent)
     with ray_session(recipe.num_processes):
@@ -97,7 +94,7 @@ def _train(recipe: Recipe, run_dir: Path, prepared: Prepared, tracker: tracking.
 
 def sync(run_dir: Path) -> Trained:
     """Send what MLflow missed during an outage, and register the encoder if that is still due."""
-    recipe = load_recipe(run_dir / "recipe.toml")
+    recipe = load_run(run_dir)
     state = json.loads((run_dir / "run.json").read_text())
     final = checkpoint.latest(run_dir)
     if final is None:

@@ -106,8 +106,8 @@ class Fill:
         run, share = self.recipe.run, self.recipe.share
         # Each share of a step is a batch of its own, as the workers will read it.
         shares = ReadShare(self.rows, self.num_rows, share, 0, share, 0)
-        first = part * self.steps_per_part * self.recipe.workers.num
-        last = min((part + 1) * self.steps_per_part, run.num_steps) * self.recipe.workers.num
+        first = part * self.steps_per_part * self.recipe.world_size
+        last = min((part + 1) * self.steps_per_part, run.num_steps) * self.recipe.world_size
         columns: list[dict[str, np.ndarray]] = []
         for number in range(first, last):
             rows = opened(shares({"id": np.array([number])}))

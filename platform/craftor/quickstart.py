@@ -15,7 +15,7 @@ from craftor.fit import write_json
 from craftor.job import Trained, train
 from craftor.locate import shipped_recipe
 from craftor.memory import peak_memory
-from craftor.recipe import Recipe, RecipeError, Tuning, load
+from craftor.recipe import Recipe, RecipeError, Tuning, load, load_run
 from craftor.report import write_report
 from craftor.tracking import Tracker, client
 
@@ -28,7 +28,7 @@ def quickstart(out: Path, overrides: dict[str, Any]) -> dict[str, Any]:
     recipe = load(source, overrides)
     with peak_memory() as peak, ray_session(recipe.num_processes):
         trained = train(recipe, source, out)
-        summary = evaluate_runs([out], out / "evaluation", recipe.workers.num)
+        summary = evaluate_runs([out], out / "evaluation", recipe.world_size)
     return finish(out, trained, summary, peak.gib, "craftor quickstart")
 
 
@@ -56,13 +56,6 @@ def used_steps(recipe: Recipe) -> tuple[int, int]:
     use_from = recipe.evaluation.use_from if recipe.evaluation else None
     acts = recipe.task.acts()
     return (acts.start if use_from is None else use_from, acts.stop)
-
-
-def load_run(run: Path) -> Recipe:
-    """The resolved recipe of a run folder."""
-    if not (run / "recipe.toml").is_file():
-        raise RecipeError(f"{run}: not a run folder (no recipe.toml)")
-    return load(run / "recipe.toml")
 
 
 def finish(out: Path, trained: Trained, summary: dict[str, Any], peak_gib: float, command: str) -> dict[str, Any]:

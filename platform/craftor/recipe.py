@@ -76,7 +76,8 @@ class Run(Section):
 
 
 class Workers(Section):
-    num: int = Field(1, ge=1)
+    num: int = Field(1, ge=0)
+    """0 trains in the command's own process, where a debugger can follow; the same numbers as with one worker."""
     gpu: bool = False
     """One GPU for each worker."""
     threads: int = Field(1, ge=1)
@@ -121,7 +122,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _batch_divides(self) -> "Recipe":
-        if self.run.batch_size % self.workers.num:
+        if self.run.batch_size % self.world_size:
             raise ValueError(
                 f"run.batch_size = {self.run.batch_size} is not a multiple of workers.num = {self.workers.num}"
             )
@@ -135,13 +136,18 @@ class Recipe(Section):
         return self
 
     @property
+    def world_size(self) -> int:
+        """Among how many a global batch is divided."""
+        return max(1, self.workers.num)
+
+    @property
     def num_processes(self) -> int:
         """Training workers, and the actors that compute prefixes or rewards: what a local cluster needs CPUs for."""
         staged = isinstance(self.task, RewardTuning) and self.task.prefix.mode == "stage"
         prefixes = self.task.prefix.actors if isinstance(self.task, RewardTuning) and staged else 0
         rewards = self.task.rewards.values() if isinstance(self.task, Tuning) else ()
         placed = [r.replicas * r.num_cpus for r in rewards if r.placement == "actors" and r.in_training]
-        return self.workers.num * (1 + prefixes) + math.ceil(sum(placed))
+        return self.workers.num + self.world_size * prefixes + math.ceil(sum(placed))
 
     @model_validator(mode="after")
     def _guards_watch_what_there_is(self) -> "Recipe":
@@ -159,7 +165,7 @@ class Recipe(Section):
     @property
     def share(self) -> int:
         """Samples of a batch that one worker computes."""
-        return self.run.batch_size // self.workers.num
+        return self.run.batch_size // self.world_size
 
 
 def load(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
@@ -176,6 +182,13 @@ def load(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as error:
         raise RecipeError("\n".join(f"{path}: {explain(e, Recipe)}" for e in error.errors())) from None
+
+
+def load_run(run_dir: Path) -> Recipe:
+    """The resolved recipe of a run folder. Raises `RecipeError` where there is none."""
+    if not (run_dir / "recipe.toml").is_file():
+        raise RecipeError(f"{run_dir}: no run there (no recipe.toml in it)")
+    return load(run_dir / "recipe.toml")
 
 
 def parse_override(text: str) -> tuple[str, Any]:

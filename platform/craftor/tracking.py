@@ -32,8 +32,11 @@ def client(runs_root: Path) -> MlflowClient:
     # The default of seven retries with backoff would hold a run up for minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs_root.resolve() / 'mlflow.db'}"
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    uri = given or f"sqlite:///{runs_root.resolve() / 'mlflow.db'}"
     mlflow.set_tracking_uri(uri)
+    if not given:  # MLflow leaves our choice there, and the next call, for another folder, would take it for the user's
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
     connected = MlflowClient(uri)
     try:
         if connected.get_experiment_by_name(EXPERIMENT) is None:

@@ -35,9 +35,12 @@ class CraftorStep:
         *,
         trains: Literal["text_encoder", "unet", "unet_lora"] = "text_encoder",
         cached: bool = False,
-        recompute: bool = False,
+        recompute: bool | int = False,
     ) -> None:
-        """`cached` takes the latents at the window's start from a store instead of denoising."""
+        """`cached` takes the latents at the window's start from a store instead of denoising.
+
+        `recompute` is the recipe's: every window step's graph is rebuilt, none is, or so many of the earliest are.
+        """
         part = trains.removesuffix("_lora")
         settings = {"method": "lora", "rank": LORA_RANK} if trains.endswith("_lora") else {}
         self.work = work
@@ -151,6 +154,6 @@ class CraftorStep:
         }
 
 
-def encoder_step(model: str, folder: str, *, batch_size: int, window: int, recompute: bool) -> CraftorStep:
+def encoder_step(model: str, folder: str, *, batch_size: int, window: int, recompute: bool | int) -> CraftorStep:
     """An encoder step by plain values, as a fresh process is told of it (`harness.peak_memory`)."""
     return CraftorStep(workload(model, batch_size, Path(folder)).with_window(window), recompute=recompute)
