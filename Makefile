@@ -34,13 +34,15 @@ format: .venv/.dev
 test: .venv/.dev
 	$(BIN)/pytest
 
-# Benchmarks write runs/bench/<name>.json. TRL's last release with AlignPropTrainer is no dependency of ours: a folder.
+# Benchmarks write runs/bench/<name>.json and the README's table of it. TRL's last release with AlignPropTrainer is no dependency of ours: a folder.
 bench-train: .venv/.dev
 	test -d runs/bench/trl || $(PIP) install --quiet --no-deps --target runs/bench/trl trl==0.23.1
 	PYTHONPATH=tests:runs/bench/trl $(BIN)/python -W ignore -m benchmarks.train
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.markdown train
 
 bench-rewards: .venv/.dev
 	PYTHONPATH=tests $(BIN)/python -W ignore -m benchmarks.rewards
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.markdown rewards
 
 clean:
 	rm -rf .venv runs dist

@@ -64,6 +64,11 @@ def test_without_options_the_gradient_has_the_bits_of_rewards_backpropagated_one
     assert torch.equal(found.total(metrics), objective.total(metrics, found.weights))
 
 
+def test_prompts_that_a_reward_cuts_are_counted(tiny: Path) -> None:
+    prompts = [PROMPTS[0], "a ring" + " above a ring" * 12, PROMPTS[1]]
+    assert scoring(tiny)(pictures(), prompts, 1.0)[0]["truncated"].tolist() == [0, 1, 0]
+
+
 def test_scale_multiplies_the_weight(tiny: Path) -> None:
     scaled = scoring(tiny, redness={"kind": f"{__name__}:Redness", "weights": "more", "weight": 0.5, "scale": 0.6})
     assert scaled.weights == scoring(tiny).weights

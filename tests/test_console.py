@@ -121,7 +121,8 @@ def test_failing_logger_is_reported_after_training(tmp_path: Path) -> None:
 
 
 def test_rewards_are_what_is_not_bookkeeping() -> None:
-    assert rewards_of(record(1, pick=0.2, saturated=0.0, images_per_second=3.0)) == ["clip", "pick"]
+    others = {"saturated": 0.0, "diversity": 0.1, "cosine/clip/pick": 0.5, "images_per_second": 3.0}
+    assert rewards_of(record(1, pick=0.2, **others)) == ["clip", "pick"]
 
 
 def test_time_left_follows_the_last_readings(monkeypatch: pytest.MonkeyPatch) -> None:

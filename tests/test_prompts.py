@@ -13,8 +13,9 @@ from craftor.recipe import Data
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 
-PROMPTS = ["a red star", "  a blue ring ", "", "a red star", "x", 'a large, red "cross"', "ein grüner Kreis"]
-KEPT = ["a red star", "a blue ring", 'a large, red "cross"', "ein grüner Kreis"]
+LONG = "a ring" + " above a ring" * 12
+PROMPTS = ["a red star", "  a blue ring ", "", "a red star", "x", 'a large, red "cross"', "ein grüner Kreis", LONG]
+KEPT = ["a red star", "a blue ring", 'a large, red "cross"', "ein grüner Kreis", LONG]
 
 
 def write(path: Path) -> Path:
@@ -41,6 +42,7 @@ def test_formats_give_the_same_rows(tiny: Path, tmp_path: Path, kind: str) -> No
     assert rows["prompt"] == KEPT
     assert rows["index"] == list(range(len(KEPT)))
     assert all(len(ids) == 24 for ids in rows["input_ids"])
+    assert prepared.num_truncated == 1, "the long one, cut to what the encoder reads"
     assert prepared == describe(tmp_path / "rows")
 
 

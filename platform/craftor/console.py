@@ -14,10 +14,10 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
+from craftor.guards import OTHERS, STATISTICS
 from craftor.statistics import decimals, excludes_zero
 from craftor.verdict import ordered
 
-BOOKKEEPING = ("step", "loss", "total", "grad_norm", "lr", "drift", "saturated", "images_per_second")
 _POLL_SECONDS, _PLAIN_EVERY = 0.25, 10
 
 
@@ -155,8 +155,8 @@ class PlainLines:
 
 
 def rewards_of(record: dict) -> list[str]:
-    """The reward names in a record: every key that is not bookkeeping."""
-    return [key for key in record if key not in BOOKKEEPING]
+    """The reward names in a record: no other metric has a plain name of its own."""
+    return [key for key in record if key not in ("step", *OTHERS, *STATISTICS) and "/" not in key]
 
 
 def table(metrics: dict[str, dict]) -> Table:

@@ -14,7 +14,7 @@ from craftor.rollout import Section
 
 STATISTICS = ("saturated", "dark", "edge_density", "colour_entropy", "diversity", "prompt_diversity")
 """What `image_statistics` measures in the training images."""
-OTHERS = ("loss", "total", "sharpness", "drift", "grad_norm", "lr", "images_per_second")
+OTHERS = ("loss", "total", "sharpness", "truncated", "drift", "grad_norm", "lr", "images_per_second")
 Record = Mapping[str, float]
 """One line of `metrics.jsonl`; metrics that are taken at intervals are in some lines only."""
 

@@ -47,6 +47,11 @@ def train(recipe: Recipe, source: Path, run_dir: Path) -> Trained:
     )
     with ray_session(recipe.num_processes):
         prepared = inputs.prepare(recipe, run_dir)
+        if prepared.num_truncated:
+            print(
+                f"{prepared.num_truncated} of {prepared.num_rows} prompts are longer than the text encoder reads: "
+                "their ends are cut (data.max_chars leaves them out)"
+            )
         tracker = tracking.Tracker.start(connected, recipe, prepared)
         write_json(run_dir / "run.json", {"mlflow_run_id": tracker.run_id, "digest": prepared.digest, "seconds": 0.0})
         return _train(recipe, run_dir, prepared, tracker)

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -27,6 +28,8 @@ FORMATS: dict[str, Callable[..., ray.data.Dataset]] = {
     ".txt": lambda path, **kw: ray.data.read_text(path, **kw).rename_columns({"text": "prompt"}),
 }
 
+TRUNCATED = "truncated"
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -37,6 +40,8 @@ class Prepared:
     num_rows: int
     digest: str
     """sha256 over the prompts in order."""
+    num_truncated: int = 0
+    """Prompts longer than the text encoder reads: what is beyond its last token is not seen."""
 
 
 def prepare(data: Data, tokenizers: Mapping[str, str], out: Path) -> Prepared:
@@ -62,13 +67,16 @@ def prepare(data: Data, tokenizers: Mapping[str, str], out: Path) -> Prepared:
 
 def describe(folder: Path) -> Prepared:
     """Count and digest of rows prepared earlier, read in order."""
-    digest, num_rows = hashlib.sha256(), 0
+    digest, num_rows, num_truncated = hashlib.sha256(), 0, 0
     for path in sorted(folder.glob("*.parquet")):
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(columns=["prompt"]):
-            for prompt in batch.column(0).to_pylist():
+        file = pyarrow.parquet.ParquetFile(path)
+        columns = [name for name in ("prompt", TRUNCATED) if name in file.schema_arrow.names]
+        for batch in file.iter_batches(columns=columns):
+            for prompt in batch.column("prompt").to_pylist():
                 digest.update(prompt.encode() + b"\n")
-                num_rows += 1
-    return Prepared(folder, num_rows, digest.hexdigest())
+            num_rows += len(batch)
+            num_truncated += sum(batch.column(TRUNCATED).to_pylist()) if TRUNCATED in columns else 0
+    return Prepared(folder, num_rows, digest.hexdigest(), num_truncated)
 
 
 def suffix(path: str) -> str:
@@ -108,20 +116,25 @@ class Number:
 
 
 class Tokenize:
-    """Add a column of ids for each tokenizer, padded or cut to its length."""
+    """Add a column of ids for each tokenizer, padded or cut to its length, and whether any had to cut."""
 
     def __init__(self, tokenizers: Mapping[str, str]) -> None:
         self.tokenizers = {name: CLIPTokenizer.from_pretrained(folder) for name, folder in tokenizers.items()}
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         prompts = [str(prompt) for prompt in batch["prompt"]]
-        ids = {name: self._ids(tokenizer, prompts) for name, tokenizer in self.tokenizers.items()}
-        return {**batch, **ids}
+        truncated, ids = np.zeros(len(prompts), dtype=bool), {}
+        for name, tokenizer in self.tokenizers.items():
+            ids[name], too_long = self._ids(tokenizer, prompts)
+            truncated[too_long] = True
+        return {**batch, **ids, TRUNCATED: truncated}
 
     @staticmethod
-    def _ids(tokenizer: CLIPTokenizer, prompts: list[str]) -> np.ndarray:
+    def _ids(tokenizer: CLIPTokenizer, prompts: list[str]) -> tuple[np.ndarray, list[int]]:
         length = tokenizer.model_max_length
-        if not prompts:
-            return np.zeros((0, length), dtype=np.int32)
-        ids = tokenizer(prompts, padding="max_length", truncation=True, max_length=length).input_ids
-        return np.array(ids, dtype=np.int32)
+        padded: dict[str, Any] = {"padding": "max_length", "max_length": length, "verbose": False}
+        ids = tokenizer(prompts, **padded).input_ids if prompts else []
+        too_long = [i for i, row in enumerate(ids) if len(row) > length]
+        for i in too_long:
+            ids[i] = tokenizer(prompts[i], truncation=True, **padded).input_ids
+        return np.array(ids, dtype=np.int32).reshape(len(prompts), length), too_long

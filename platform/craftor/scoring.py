@@ -77,6 +77,7 @@ class Scoring:
                 reward.to(device)
         self.guards, self.composition = guards, Composition(settings.composition, self.weights)
         self.built = built
+        self.readers = [reward for reward in built.values() if hasattr(reward, "truncated")]
         self.calls: dict[str, ScoreAndGradient] = {
             name: inline(built[name]) if name in here else elsewhere[name] for name in used
         }
@@ -97,6 +98,8 @@ class Scoring:
         scored = self._score(images, prompts, {**cotangents, **due})
         metrics = {name: scores for name, (scores, _) in scored.items()}
         gradients = {name: gradient for name, (_, gradient) in scored.items() if gradient is not None}
+        if self.readers:
+            metrics["truncated"] = self.truncated(prompts).to(images.device)
         metrics |= self.composition.agreement(gradients, step=step, share=share)
         if self.guards.sharpness_every and step % self.guards.sharpness_every == 0:
             metrics["sharpness"] = self.sharpness(images, prompts, metrics, gradients)
@@ -119,6 +122,10 @@ class Scoring:
         worst = (images.detach() + self.guards.sharpness_radius * unit.view_as(images)).clamp(0, 1)
         there = {name: score for name, (score, _) in self._score(worst, prompts, dict.fromkeys(self.weights)).items()}
         return self.total(scores) - self.total(there)
+
+    def truncated(self, prompts: list[str]) -> Float[Tensor, " b"]:
+        """1 for each prompt that is longer than some reward here reads, so that its end counts for nothing there."""
+        return torch.tensor([reward.truncated(prompts) for reward in self.readers]).any(dim=0).float()
 
     def assert_frozen(self) -> None:
         for name, reward in self.built.items():

@@ -141,7 +141,7 @@ def _dataset(recipe: Recipe, prepared: Prepared) -> DatasetInput:
             digest=prepared.digest[:16],
             source_type="local",
             source=json.dumps({"uri": recipe.data.path, "sha256": prepared.digest}),
-            profile=json.dumps({"num_rows": prepared.num_rows}),
+            profile=json.dumps({"num_rows": prepared.num_rows, "num_truncated": prepared.num_truncated}),
         ),
         tags=[InputTag("mlflow.data.context", "training")],
     )
