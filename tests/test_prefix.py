@@ -1,5 +1,6 @@
 """The prefix is data: computed in the worker, streamed by actors or read from a cache, it is the same bits."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +8,11 @@ import pyarrow.parquet
 import pytest
 import torch
 
+from conftest import write_tiny_recipe
 from craftor import job, prefix_cache
-from craftor.inputs import fill_prefix_cache
+from craftor.inputs import fill_prefix_cache, prepare, prepared_earlier
 from craftor.prefix import LATENTS, PrefixActor
+from craftor.prompts import describe
 from craftor.recipe import Recipe, RecipeError, load
 from craftor.stage import ReadShare, opened
 from craftor.stream import Rows
@@ -26,12 +29,20 @@ def recipe(path: Path, **overrides) -> Recipe:
 @pytest.fixture(scope="module")
 def cache(tiny: Path, tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Path:
     """A cache of the tiny recipe's prefixes up to denoising step 2."""
-    from conftest import write_tiny_recipe
-
     folder = tmp_path_factory.mktemp("prefix")
     path = write_tiny_recipe(tiny, folder)
-    assert fill_prefix_cache(recipe(path), path, str(folder / "cache"), num_actors=1) == 12
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefix_cache, "SAMPLES_PER_PART", 4)
+        assert fill_prefix_cache(recipe(path), path, str(folder / "cache"), num_actors=1) == 12
     return folder / "cache"
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny: Path, tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Path:
+    """The folder of a run that has its rows."""
+    folder = tmp_path_factory.mktemp("run")
+    prepare(recipe(write_tiny_recipe(tiny, folder)), folder)
+    return folder
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -84,18 +95,19 @@ def test_a_cache_serves_a_window_that_starts_later(tiny_recipe: Path, cache: Pat
     assert all(torch.equal(value, found[name]) for name, value in wanted.items())
 
 
-def test_filling_goes_on_where_it_stopped(tiny_recipe: Path, tmp_path: Path, cache: Path, monkeypatch) -> None:
+def test_filling_goes_on_where_it_stopped(
+    tiny_recipe: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(prefix_cache, "SAMPLES_PER_PART", 4)
-    url = str(tmp_path / "cache")
-    settings = recipe(tiny_recipe)
-    fill_prefix_cache(settings, tiny_recipe, url, num_actors=1)
-    parts = sorted(Path(url).glob("part-*"))
+    copy = tmp_path / "cache"
+    shutil.copytree(cache, copy)
+    parts = sorted(copy.glob("part-*"))
     kept = {path.name: path.stat().st_mtime_ns for path in parts}
     parts[1].unlink()
-    fill_prefix_cache(settings, tiny_recipe, url, num_actors=1)
-    assert sorted(path.name for path in Path(url).glob("part-*")) == sorted(kept)
-    changed = [path.name for path in Path(url).glob("part-*") if path.stat().st_mtime_ns != kept[path.name]]
+    fill_prefix_cache(recipe(tiny_recipe), tiny_recipe, str(copy), num_actors=1)
+    changed = [path.name for path in sorted(copy.glob("part-*")) if path.stat().st_mtime_ns != kept[path.name]]
     assert changed == [parts[1].name]
+    assert all((copy / name).read_bytes() == (cache / name).read_bytes() for name in kept)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +115,6 @@ def test_filling_goes_on_where_it_stopped(tiny_recipe: Path, tmp_path: Path, cac
     [
         ({"seed": 8}, "made from something else: seed: there 7, here 8"),
         ({"task.rollout.guidance_scale": 2.0}, "made from something else: rollout"),
-        ({"data.max_rows": 3}, "made from something else: prompts_sha256"),
         ({"task.window.last": 3}, "reaches denoising step 2, but the window starts at 1"),
         ({"run.num_steps": 9}, "holds 12 of the 36 samples needed; go on with: craftor prefix"),
         ({"task.train": {"unet": {}}}, 'prefix.mode = "cache": the prefix changes while the UNet trains'),
@@ -112,12 +123,17 @@ def test_filling_goes_on_where_it_stopped(tiny_recipe: Path, tmp_path: Path, cac
     ],
 )
 def test_a_cache_that_does_not_fit_is_refused(
-    tiny_recipe: Path, tmp_path: Path, cache: Path, change: dict, message: str
+    tiny_recipe: Path, prepared: Path, cache: Path, change: dict, message: str
 ) -> None:
-    runs = cache.parent / "runs"  # shared, for its MLflow store takes seconds to make
     overrides = {**QUICK, "task.prefix": {"mode": "cache", "cache": str(cache)}, **change}
     with pytest.raises(RecipeError, match=message):
-        job.train(load(tiny_recipe, overrides), tiny_recipe, runs / tmp_path.name)
+        prepared_earlier(load(tiny_recipe, overrides), prepared, describe(prepared / "rows").digest)
+
+
+def test_a_cache_of_other_prompts_is_refused(tiny_recipe: Path, tmp_path: Path, cache: Path) -> None:
+    overrides = {**QUICK, "task.prefix": {"mode": "cache", "cache": str(cache)}, "data.max_rows": 3}
+    with pytest.raises(RecipeError, match="made from something else: prompts_sha256"):
+        job.train(load(tiny_recipe, overrides), tiny_recipe, tmp_path / "run")
 
 
 def test_latents_that_are_not_finite_are_refused(tiny_recipe: Path) -> None:

@@ -268,7 +268,7 @@ def test_a_run_on_actors_is_the_inline_run_until_a_reward_fails(
 
     threading.Thread(target=kill_one, daemon=True).start()
     with pytest.raises(TrainingStopped, match=r"(?s)'watching' failed twice.*TooBeautiful.*The last checkpoint stands"):
-        train(load(tiny_recipe, short | {"workers.num": 1} | placed), out)
+        train(load(tiny_recipe, short | placed), out)
     assert killed
     assert named_actors() == before
     last = checkpoint.latest(out)

@@ -111,7 +111,8 @@ def train_worker(config: dict[str, Any]) -> None:
         _steps(config)
     except RewardFailed as error:
         write_json(run_dir / FAILURE, {"message": f"{error}\nThe last checkpoint stands"})
-        raise  # the others wait for this worker's gradient: Ray Train ends them all
+        if ray.train.get_context().get_world_size() > 1:
+            raise  # the others wait for this worker's gradient: Ray Train ends them all
 
 
 def _steps(config: dict[str, Any]) -> None:

@@ -33,7 +33,10 @@ def prepared_earlier(recipe: Recipe, run_dir: Path, digest: str) -> Prepared:
             f"{folder}: its prompts have sha256 {prepared.digest[:16]}, but the run began with {digest[:16]}; "
             "put the original rows back, or start a new run"
         )
-    return _with_prefix(recipe, load_diffuser(recipe.model), prepared)
+    try:
+        return _with_prefix(recipe, load_diffuser(recipe.model), prepared)
+    except ValueError as error:
+        raise RecipeError(f"{run_dir / 'recipe.toml'}: {error}") from None
 
 
 def fill_prefix_cache(recipe: Recipe, source: Path, url: str, num_actors: int) -> int:

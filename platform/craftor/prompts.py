@@ -55,8 +55,7 @@ def prepare(data: Data, tokenizers: Mapping[str, str], out: Path) -> Prepared:
     rows = FORMATS[suffix(source)](path, **({} if local else {"filesystem": filesystem}))
     column = "prompt" if suffix(source) == ".txt" else data.column
     light = {"compute": ray.data.ActorPoolStrategy(size=1), "batch_size": 4096, "num_cpus": 0.1}
-    rows = rows.map_batches(Number, fn_constructor_args=(data, column), **light)
-    rows = rows.map_batches(Tokenize, fn_constructor_args=(dict(tokenizers),), **light)
+    rows = rows.map_batches(NumberAndTokenize, fn_constructor_args=(data, column, dict(tokenizers)), **light)
     shutil.rmtree(out, ignore_errors=True)
     rows.write_parquet(str(out))
     prepared = describe(out)
@@ -113,6 +112,16 @@ class Number:
                 return None
             self.seen.add(key)
         return prompt
+
+
+class NumberAndTokenize:
+    """Both in one actor: starting a second process would take longer than most prompt files."""
+
+    def __init__(self, data: Data, column: str, tokenizers: Mapping[str, str]) -> None:
+        self.number, self.tokenize = Number(data, column), Tokenize(tokenizers)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return self.tokenize(self.number(batch))
 
 
 class Tokenize:
