@@ -10,7 +10,6 @@ import json
 import os
 import re
 import tempfile
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +25,20 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from craftor import checkpoint, registry, trainable
 from craftor.diffuser import Diffuser, tokenize
 from craftor.prefix_cache import weights_digest
-from craftor.tracking import TrackingUnreachable
+from craftor.tracking import TrackingUnreachable, answering
 
 PROBE = ["a photograph of an astronaut riding a horse", ""]
 _REFERENCE = re.compile(r"(?:models:/)?(?P<name>[^/@:'\"]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))?")
-_WIDTHS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
+ARCHITECTURE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "hidden_act",
+)
+"""What a stand-in's configuration must share with the part it replaces."""
 
 
 class UnknownEncoder(ValueError):
@@ -59,6 +67,11 @@ class Version:
     @property
     def uri(self) -> str:
         return f"models:/{self.name}/{self.version}"
+
+    @property
+    def scores(self) -> dict[str, dict[str, Any]]:
+        """By metric: base, tuned, delta, ci95, and whether it is `held_out`; empty before an evaluation."""
+        return json.loads(self.tags.get(registry.HELD_OUT, "{}"))
 
 
 @dataclass(frozen=True)
@@ -91,11 +104,9 @@ class Encoder:
 
 def versions(connected: MlflowClient) -> list[Version]:
     """Every registered encoder, by name, newest version first. Raises TrackingUnreachable."""
-    try:
+    with answering(connected):
         models = connected.search_registered_models(max_results=1000)
         return [version for model in models for version in _versions_of(connected, model)]
-    except MlflowException as error:
-        raise _unreachable(connected, error) from error
 
 
 def resolve(connected: MlflowClient, text: str) -> Version:
@@ -107,12 +118,13 @@ def resolve(connected: MlflowClient, text: str) -> Version:
     if parsed is None:
         raise UnknownEncoder(f"{text!r}: expected name, name@alias or name/version")
     name, alias, number = parsed["name"], parsed["alias"], parsed["version"]
-    try:
-        there = _versions_of(connected, connected.get_registered_model(name))
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise _unreachable(connected, error) from error
-        there = []
+    with answering(connected):
+        try:
+            there = _versions_of(connected, connected.get_registered_model(name))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            there = []
     if not there:
         names = ", ".join(dict.fromkeys(v.name for v in versions(connected)))
         raise UnknownEncoder(f"no encoder {name!r} in the registry; there are: {names or 'none'}")
@@ -177,22 +189,23 @@ def load_encoder(found: Version | Path, base: Diffuser, *, any_base: bool = Fals
     """
     folder = fetch(found) if isinstance(found, Version) else found
     registry.verify_bundle(folder)
-    description = tomllib.loads((folder / "encoder.toml").read_text())
+    description = registry.description_of(folder)
     uri = found.uri if isinstance(found, Version) else str(folder.resolve())
     modules = _load_modules(folder, base, uri)
-    if not any_base and weights_digest([base.text_encoder]) != description["base"]["text_encoder_sha256"]:
-        raise EncoderRefused(
-            f"{uri}: trained from the text encoder of {description['base']['model']}, and this base has another"
-        )
+    # A base in half precision has other numbers than the one it was rounded from: nothing to compare.
+    if not any_base and base.text_encoder.dtype == torch.float32:
+        wanted = description["base"]
+        if weights_digest([base.text_encoder]) != wanted["text_encoder_sha256"]:
+            raise EncoderRefused(f"{uri}: trained from the text encoder of {wanted['model']}; this base has another")
     for part, module in modules.items():
-        _probe(part, module, base, uri)
+        probe(part, module, base, uri)
     window = description["window"]
     return Encoder(
         description["name"] if isinstance(found, Path) else found.name,
         found.version if isinstance(found, Version) else None,
         uri,
         registry.weights_sha256(folder),
-        found.run_id if isinstance(found, Version) else description.get("run_id"),
+        found.run_id if isinstance(found, Version) else description.get("lineage", {}).get("run_id"),
         modules,
         (window["first_timestep"], window["last_timestep"]),
         description,
@@ -200,14 +213,9 @@ def load_encoder(found: Version | Path, base: Diffuser, *, any_base: bool = Fals
 
 
 def _load_modules(folder: Path, base: Diffuser, uri: str) -> dict[str, Any]:
-    for part, original in base.encoders.items():
-        if (folder / part).is_dir():
-            config = json.loads((folder / part / "config.json").read_text())
-            for key in _WIDTHS:  # before any tensor is made in these sizes
-                if config.get(key) != getattr(original.config, key):
-                    raise EncoderRefused(
-                        f"{uri}: {part} has {key} = {config.get(key)}, the base {getattr(original.config, key)}"
-                    )
+    for part in base.encoders:
+        if (folder / part).is_dir():  # before any tensor is made in these sizes
+            check_architecture(json.loads((folder / part / "config.json").read_text()), part, base, uri)
         _same_tokenizer(folder / part.replace("text_encoder", "tokenizer"), base.tokenizers[part], uri)
     try:
         modules = trainable.load(base, folder)
@@ -218,6 +226,14 @@ def _load_modules(folder: Path, base: Diffuser, uri: str) -> dict[str, Any]:
             f"{uri}: tunes {', '.join(sorted(others))}; of this base can be mixed: {', '.join(base.encoders)}"
         )
     return modules
+
+
+def check_architecture(config: Mapping[str, Any], part: str, base: Diffuser, uri: str) -> None:
+    """Raises EncoderRefused naming the first setting in which a stand-in differs from the base's part."""
+    wanted = base.encoders[part].config
+    for key in (*ARCHITECTURE, *(["projection_dim"] if part == "text_encoder_2" else [])):
+        if config.get(key) != getattr(wanted, key):
+            raise EncoderRefused(f"{uri}: {part} has {key} = {config.get(key)!r}, the base {getattr(wanted, key)!r}")
 
 
 def _same_tokenizer(folder: Path, wanted: CLIPTokenizer, uri: str) -> None:
@@ -234,19 +250,9 @@ def _same_tokenizer(folder: Path, wanted: CLIPTokenizer, uri: str) -> None:
 
 
 @torch.no_grad()
-def _probe(part: str, module: nn.Module, base: Diffuser, uri: str) -> None:
-    """Numbers of the base's shape, all finite, for a prompt and for the empty one."""
+def probe(part: str, module: nn.Module, base: Diffuser, uri: str) -> None:
+    """Finite numbers, in every layer, for a prompt and for the empty one; or EncoderRefused."""
     ids = tokenize(base.tokenizers[part], PROBE).to(base.device)
-    found, wanted = (encoder(input_ids=ids)[0] for encoder in (module, base.encoders[part]))
-    if found.shape != wanted.shape:
-        raise EncoderRefused(
-            f"{uri}: {part} gives {tuple(found.shape)} for the probe prompts, not {tuple(wanted.shape)}"
-        )
-    if not found.isfinite().all():
+    output = module(input_ids=ids, output_hidden_states=True)
+    if not all(tensor.isfinite().all() for tensor in (output[0], *output.hidden_states)):
         raise EncoderRefused(f"{uri}: {part} gives numbers that are not finite for the probe prompts")
-
-
-def _unreachable(connected: MlflowClient, error: MlflowException) -> TrackingUnreachable:
-    return TrackingUnreachable(
-        f"MLflow at {connected.tracking_uri} does not answer ({str(error).splitlines()[0][:200]})"
-    )

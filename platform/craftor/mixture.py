@@ -16,7 +16,7 @@ from craftor.embed import mix
 
 @dataclass(frozen=True)
 class Member:
-    """What a tuned encoder makes of the prompts, its weight in [0, 1] and the denoising steps in which it acts."""
+    """What a tuned encoder makes of the prompts, its weight in [0, 1] and the steps, or timesteps, in which it acts."""
 
     prompt: Prompt
     weight: float
@@ -55,7 +55,7 @@ class MixtureError(ValueError):
 
 
 def prompt_at(base: Prompt, members: Sequence[Member], index: int) -> Prompt:
-    """The mixture of denoising step `index`; the base has the weight that the active members leave."""
+    """The mixture of denoising step (or timestep, if members count those) `index`; the base has the weight left."""
     weights = weights_at([(member.weight, member.steps) for member in members], index)
     if not any(weights[1:]):
         return base

@@ -58,6 +58,16 @@ def _use(uri: str) -> None:
         os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
+@contextmanager
+def answering(connected: MlflowClient) -> Iterator[None]:
+    """Whatever MLflow raises in the block becomes TrackingUnreachable with its reason: no answer, no permission."""
+    try:
+        yield
+    except MlflowException as error:
+        reason = str(error).splitlines()[0][:200]
+        raise TrackingUnreachable(f"MLflow at {connected.tracking_uri} refused or did not answer: {reason}") from error
+
+
 class Tracker:
     """One MLflow run; `log` never raises when the server is away, and sends nothing twice."""
 
