@@ -1,4 +1,4 @@
-"""`craftor.apply` in stock pipelines: the mixture's own arithmetic, its windows, nothing left behind when it is undone."""
+"""`craftor.apply` in stock pipelines: our own sampler's arithmetic, its windows, and nothing left behind when undone."""
 
 import copy
 from pathlib import Path

@@ -49,7 +49,7 @@ def apply(
     runs: str | Path = "runs",
     any_base: bool = False,
 ) -> "Applied":
-    """Make a pipeline of Stable Diffusion 1.x, 2.x or XL use `mix`: from text, image or mask, with or without ControlNet.
+    """Make a Stable Diffusion 1.x, 2.x or XL pipeline use `mix`: from text, image or mask, with ControlNet or without.
 
     `mix` maps encoders to a weight in [0, 1], or to `{"weight": 0.6, "from": 600, "to": 0}` with the first and last
     timestep in which it acts, by default those it was trained for, and all where that is not known. The pipeline's own
