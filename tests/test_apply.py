@@ -1,4 +1,4 @@
-"""`craftor.apply` in stock pipelines: our own sampler's arithmetic, its windows, and nothing left behind when undone."""
+"""`craftor.apply` in stock pipelines: our sampler's arithmetic, its windows, and nothing left behind when undone."""
 
 import copy
 from pathlib import Path
