@@ -133,6 +133,13 @@ def spoil_weight(bundle: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+def shorten_weight(bundle: Path) -> None:
+    path = bundle / "text_encoder" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["final_layer_norm.weight"] = tensors["final_layer_norm.weight"][:5]
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
 def edit(name: str, change: Callable[[dict], object]) -> Callable[[Path], None]:
     def apply(bundle: Path) -> None:
         path = bundle / name
@@ -152,6 +159,8 @@ def swap_tokens(tokenizer: dict) -> None:
 
 REFUSED = {
     "a missing weight": (drop_weight, "1 weights missing or of another shape, the first is final_layer_norm.weight"),
+    "a weight of another shape": (shorten_weight, "models?|mismatch|shape"),
+    "no safetensors": (lambda b: (b / "text_encoder" / "model.safetensors").write_bytes(b"{}"), "bundle"),
     "infinite numbers": (spoil_weight, "not finite for the probe prompts"),
     "another width": (
         edit("text_encoder/config.json", lambda c: c.update(hidden_size=10**6)),

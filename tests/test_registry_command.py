@@ -31,6 +31,7 @@ from craftor.diffuser import load
 from craftor.encoders import EncoderRefused, load_encoder, resolve
 from craftor.mixture import MixtureError
 from craftor.recipe import Recipe, RecipeError
+from craftor.registry import BundleError
 from encoder_bundles import make_bundle, make_run, recipe_for, register
 
 
@@ -98,6 +99,8 @@ def test_promotion_moves_an_alias(runs: Path) -> None:
     assert craft("register", runs.parent / "copy", "--name", "a", "--runs", runs).strip() == "models:/a/2"
     assert craft("promote", "a/2", "--alias", "champion", "--runs", runs).strip() == "a@champion is a/2 (was a/1)"
     assert resolve(connected, "a@champion").version == "2"
+    with pytest.raises(BundleError, match="'a@b': a name has letters, digits"):
+        craft("register", runs.parent / "copy", "--name", "a@b", "--runs", runs)
     with pytest.raises(encoders.UnknownEncoder, match="of a there are: @champion, @candidate, /2, /1"):
         craft("promote", "a/7", "--runs", runs)
 

@@ -19,6 +19,7 @@ import torch
 from mlflow.entities.model_registry import RegisteredModel
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -170,15 +171,21 @@ def fetch(found: Version) -> Path:
             manifest = registry.download(f"{found.uri}/{checkpoint.MANIFEST}", Path(temporary), found.store)
             kept = cache / hashlib.sha256(manifest.read_bytes()).hexdigest()
             if not kept.is_dir():
-                fetched = registry.fetch(found.uri, Path(temporary) / "bundle", found.store)
-                if not kept.is_dir():  # another process may have been faster
-                    fetched.rename(kept)
+                _move(registry.fetch(found.uri, Path(temporary) / "bundle", found.store), kept)
         except MlflowException as error:
             raise TrackingUnreachable(f"{found.uri}: cannot be fetched ({str(error).splitlines()[0][:200]})") from error
     registry.verify_bundle(kept)
     if (digest := registry.weights_sha256(kept)) != found.tags.get(registry.SHA256):
         raise EncoderRefused(f"{found.uri}: its weights are {digest}, registered was {found.tags[registry.SHA256]}")
     return kept
+
+
+def _move(folder: Path, kept: Path) -> None:
+    try:
+        folder.rename(kept)
+    except OSError:
+        if not kept.is_dir():  # else another process was faster
+            raise
 
 
 def load_encoder(found: Version | Path, base: Diffuser, *, any_base: bool = False) -> Encoder:
@@ -213,13 +220,15 @@ def load_encoder(found: Version | Path, base: Diffuser, *, any_base: bool = Fals
 
 
 def _load_modules(folder: Path, base: Diffuser, uri: str) -> dict[str, Any]:
-    for part in base.encoders:
-        if (folder / part).is_dir():  # before any tensor is made in these sizes
-            check_architecture(json.loads((folder / part / "config.json").read_text()), part, base, uri)
-        _same_tokenizer(folder / part.replace("text_encoder", "tokenizer"), base.tokenizers[part], uri)
     try:
+        for part in base.encoders:
+            if (folder / part).is_dir():  # before any tensor is made in these sizes
+                check_architecture(json.loads((folder / part / "config.json").read_text()), part, base, uri)
+            _same_tokenizer(folder / part.replace("text_encoder", "tokenizer"), base.tokenizers[part], uri)
         modules = trainable.load(base, folder)
-    except (ValueError, OSError) as error:
+    except EncoderRefused:
+        raise
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:  # transformers has one for wrong shapes
         raise EncoderRefused(f"{uri}: {error}") from None
     if others := modules.keys() - base.encoders.keys():
         raise EncoderRefused(
@@ -240,10 +249,7 @@ def _same_tokenizer(folder: Path, wanted: CLIPTokenizer, uri: str) -> None:
     """A bundle carries its tokenizers; one that reads prompts otherwise than the base's cannot be mixed with it."""
     if not folder.is_dir():
         return
-    try:
-        found = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except (ValueError, OSError) as error:
-        raise EncoderRefused(f"{uri}: {folder.name} does not load ({error})") from None
+    found = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     same = found.get_vocab() == wanted.get_vocab() and found.model_max_length == wanted.model_max_length
     if not same or not torch.equal(tokenize(found, PROBE), tokenize(wanted, PROBE)):
         raise EncoderRefused(f"{uri}: {folder.name} is not that of the base")

@@ -8,6 +8,7 @@ generic loader of MLflow ever unpickles or imports anything for it.
 import hashlib
 import io
 import json
+import re
 import shutil
 import tempfile
 import tomllib
@@ -30,6 +31,7 @@ from craftor.tracking import EXPERIMENT, Tracker
 FLAVOR = "craftor_encoder"
 SHA256 = "craftor.sha256"
 """Tag of a version: the hash of its weights, which also marks it as ours."""
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 HELD_OUT = "craftor.held_out"
 """Tag of a version: what its evaluation found, as JSON."""
 _ALLOWED = ("encoder.toml", checkpoint.MANIFEST, "MLmodel")
@@ -95,8 +97,10 @@ def add(
 ) -> tuple[str, dict[str, str]]:
     """Log a bundle as a model, of a run if there is one, and register it; `connected` is of `tracking.client`.
 
-    Returns the logged model's id and `{"name", "version"}`.
+    Returns the logged model's id and `{"name", "version"}`. Raises BundleError for a name that no reference could hold.
     """
+    if not re.fullmatch(NAME, name):
+        raise BundleError(f"{name!r}: a name has letters, digits and ._- only, and begins with a letter or digit")
     experiment = connected.get_experiment_by_name(EXPERIMENT)
     assert experiment is not None
     model = mlflow.initialize_logged_model(
