@@ -1,28 +1,25 @@
 """The registry from the command line: lineage and scores in, versions compared, exported, merged and promoted."""
 
 import base64
-import http.client
-import http.server
 import json
 import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from mlflow.server import constants
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import CLIPTextModel
 from typer.testing import CliRunner
+from werkzeug.exceptions import Unauthorized
+from werkzeug.serving import make_server
 
 import craftor
 from craftor import checkpoint, encoders, tracking
@@ -184,65 +181,36 @@ def test_a_base_that_is_not_here_can_be_named(recipe: Recipe, runs: Path, tmp_pa
     (bundle / "encoder.toml").write_text(text.replace(str(tiny / "pipeline"), "/gone/pipeline"))
     (bundle / "manifest.json").write_text(json.dumps(checkpoint.digests(bundle)))
     export = ("export", bundle, "--to", "comfyui", "--runs", runs)
-    with pytest.raises(RecipeError, match=r"the base of .* is not here: .*/gone/pipeline.*or say where with --base"):
+    with pytest.raises(
+        RecipeError, match=r"(?s)the base of .* is not here: .*/gone/pipeline.*or say where with --base"
+    ):
         craft(*export, "--out", tmp_path / "x")
     assert "tiny.safetensors" in craft(*export, "--out", tmp_path / "x", "--base", tiny / "pipeline")
     with pytest.raises(EncoderRefused, match="has hidden_act"):
         craft(*export, "--out", tmp_path / "y", "--base", tiny / "sd2")
 
 
-class Guard(http.server.BaseHTTPRequestHandler):
-    """A proxy that lets through what carries the right user and password, as one before an MLflow server does."""
-
-    behind: int
-    allowed = "Basic " + base64.b64encode(b"reader:secret").decode()
-
-    def _forward(self) -> None:
-        if self.headers.get("Authorization") != self.allowed:
-            self.send_error(401)
-            return
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        connection = http.client.HTTPConnection("127.0.0.1", self.behind, timeout=30)
-        headers = {name: value for name, value in self.headers.items() if name.lower() not in ("host", "authorization")}
-        connection.request(self.command, self.path, body, headers)
-        answer = connection.getresponse()
-        content = answer.read()
-        self.send_response(answer.status)
-        self.send_header("Content-Type", answer.headers.get("Content-Type", "application/json"))
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _forward  # noqa: N815
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture
-def guarded_server(tmp_path: Path) -> Iterator[str]:
-    """The address of an MLflow server with its own artifact store, behind a password."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    store = f"sqlite:///{tmp_path / 'server.db'}"
-    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
-    places = ["--backend-store-uri", store, "--artifacts-destination", str(tmp_path / "artifacts")]
-    server = subprocess.Popen([*command, *places], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path)
-    guard = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Here", (Guard,), {"behind": port}))
-    threading.Thread(target=guard.serve_forever, daemon=True).start()
-    try:
-        for _ in range(600):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert server.poll() is None, "the MLflow server did not start"
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{guard.server_port}"
-    finally:
-        guard.shutdown()
-        server.terminate()
-        server.wait(30)
+def guarded_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of MLflow's server, with its own artifact store, behind a user and a password."""
+    for name, value in (
+        (constants.BACKEND_STORE_URI_ENV_VAR, f"sqlite:///{tmp_path / 'server.db'}"),
+        (constants.ARTIFACT_ROOT_ENV_VAR, "mlflow-artifacts:/"),
+        (constants.ARTIFACTS_DESTINATION_ENV_VAR, str(tmp_path / "artifacts")),
+        (constants.SERVE_ARTIFACTS_ENV_VAR, "true"),
+    ):
+        monkeypatch.setenv(name, value)
+    from mlflow.server import app as mlflow_app
+
+    wanted = "Basic " + base64.b64encode(b"trainer:secret").decode()
+
+    def guarded(environ: dict, start: Callable) -> Iterable[bytes]:
+        return (mlflow_app if environ.get("HTTP_AUTHORIZATION") == wanted else Unauthorized())(environ, start)
+
+    server = make_server("127.0.0.1", 0, guarded, threaded=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
 
 
 def test_a_server_with_authentication(
@@ -250,7 +218,7 @@ def test_a_server_with_authentication(
 ) -> None:
     monkeypatch.setenv("CRAFTOR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", guarded_server)
-    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "reader")
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "trainer")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
     with pytest.raises(tracking.TrackingUnreachable, match="401"):
         craft("list")

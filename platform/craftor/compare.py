@@ -61,7 +61,7 @@ def save_grid(
     ids = base.tokenize(list(prompts))
     noise = State(seeds.normal(seed, range(len(prompts)), "compare", base.latent_shape).to(base.device))
     original = Prompt(embed(base.encoders, ids), base.null())
-    columns = [[]]
+    columns: list[list[Member]] = [[]]
     for encoder in encoders:
         standing_in = {**base.encoders, **encoder.modules}
         acts = timesteps(encoder.window)

@@ -168,10 +168,12 @@ def fetch(found: Version) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix=".fetching-") as temporary:
         try:
-            manifest = registry.download(f"{found.uri}/{checkpoint.MANIFEST}", Path(temporary), found.store)
+            # Not `models:/`: MLflow looks that up in its current store, whichever store it is told.
+            place = MlflowClient(found.store).get_model_version_download_uri(found.name, found.version)
+            manifest = registry.download(f"{place}/{checkpoint.MANIFEST}", Path(temporary), found.store)
             kept = cache / hashlib.sha256(manifest.read_bytes()).hexdigest()
             if not kept.is_dir():
-                _move(registry.fetch(found.uri, Path(temporary) / "bundle", found.store), kept)
+                _move(registry.fetch(place, Path(temporary) / "bundle", found.store), kept)
         except MlflowException as error:
             raise TrackingUnreachable(f"{found.uri}: cannot be fetched ({str(error).splitlines()[0][:200]})") from error
     registry.verify_bundle(kept)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import DiffusionPipeline
@@ -28,7 +28,7 @@ from craftor.registry import BundleError
 from craftor.tracking import client
 from craftor.trainable import CLASSES
 
-Source = str | Path | CLIPTextModel | CLIPTextModelWithProjection | Encoder
+Source: TypeAlias = str | Path | CLIPTextModel | CLIPTextModelWithProjection | Encoder
 POOLED_IGNORED = ("StableDiffusionXLControlNetInpaintPipeline",)
 """Pipelines whose loop takes no new sentence embedding from a callback."""
 
@@ -162,11 +162,11 @@ class Applied:
         return callback
 
 
-def _prompt(encoded: Sequence[Tensor | None]) -> Prompt:
+def _prompt(encoded: Sequence[Any]) -> Prompt:
     """(positive, negative), in SDXL with both pooled ones; without guidance nothing reads the negative."""
     positive, negative = encoded[::2], encoded[1::2]
-    negative = tuple(p if n is None else n for p, n in zip(positive, negative, strict=True))
-    return Prompt(Condition(*positive), Condition(*negative))
+    pairs = zip(positive, negative, strict=True)
+    return Prompt(Condition(*positive), Condition(*(p if n is None else n for p, n in pairs)))
 
 
 def _timesteps(pipe: DiffusionPipeline, given: Mapping[str, Any]) -> list[int]:

@@ -154,21 +154,23 @@ def score(connected: MlflowClient, registered: Mapping[str, str], metrics: Mappi
 
 
 def fetch(uri: str, out: Path, store: str | None = None) -> Path:
-    """Copy a registered bundle (`models:/name@alias` or `models:/name/3`) to `out`, refusing anything unexpected.
+    """Copy a bundle (`models:/name@alias`, `models:/name/3`, an artifact's URI) to `out`, refusing anything unexpected.
 
-    `store` is the MLflow store's URI, by default the current one. Raises BundleError naming a file that is not on the
-    allow-list or whose sha256 is not that of the manifest.
+    `store` is the MLflow store's URI, by default the current one, which `models:/` always means. Raises BundleError
+    naming a file that is not on the allow-list or whose sha256 is not that of the manifest.
     """
-    shutil.rmtree(out, ignore_errors=True)
-    download(uri, out, store)
-    (out / "registered_model_meta").unlink(missing_ok=True)  # MLflow's note of where it came from
+    with tempfile.TemporaryDirectory() as temporary:
+        found = download(uri, Path(temporary), store)
+        (found / "registered_model_meta").unlink(missing_ok=True)  # MLflow's note of where it came from
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.move(found, out)
     verify_bundle(out)
     return out
 
 
 def download(uri: str, out: Path, store: str | None = None) -> Path:
-    """A model's files, or one of them, in `out`: without a destination MLflow may give the store's own folder."""
-    return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(out), tracking_uri=store, registry_uri=store))
+    """A copy below `out` of an artifact; without a destination MLflow may give the store's own folder."""
+    return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(out), tracking_uri=store))
 
 
 def verify_bundle(folder: Path) -> None:
