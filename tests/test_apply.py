@@ -242,7 +242,7 @@ def test_what_cannot_be_mixed_is_refused(tiny: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(MixtureError, match=message):
             craftor.apply(pipe, mix)
-    with pytest.raises(MixtureError, match="and this pipeline has no text_encoder_2"):
+    with pytest.raises(EncoderRefused, match="and this pipeline has no text_encoder_2"):
         craftor.apply(pipe, {stock(tiny, "sdxl").text_encoder_2: 1.0})
     with pytest.raises(EncoderRefused, match="hidden_act = 'gelu', the base 'quick_gelu'"):
         craftor.apply(pipe, {stock(tiny, "sd2").text_encoder: 1.0})
@@ -250,7 +250,7 @@ def test_what_cannot_be_mixed_is_refused(tiny: Path, tmp_path: Path) -> None:
         broken = tuned(one, 2)
         broken.final_layer_norm.weight.data.fill_(float("nan"))
         craftor.apply(pipe, {broken: 1.0})
-    with pytest.raises(BundleError, match="no text encoder in safetensors there"):
+    with pytest.raises(EncoderRefused, match="no text encoder in safetensors there"):
         craftor.apply(pipe, {"nobody/nothing": 1.0})
     with pytest.raises(BundleError, match="there is no registry in"):
         craftor.apply(pipe, {"aesthetic@champion": 1.0}, runs=tmp_path / "none")

@@ -12,9 +12,9 @@ import torch
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file, save_file
 
-from craftor import checkpoint, encoders, registry, tracking, trainable
+from craftor import checkpoint, registry, tracking, trainable
 from craftor.diffuser import Diffuser, load
-from craftor.encoders import EncoderRefused, UnknownEncoder, load_encoder, resolve
+from craftor.encoders import EncoderRefused, UnknownEncoder, load_encoder, resolve, versions
 from craftor.recipe import Model, Recipe
 from craftor.registry import BundleError
 from craftor.task_settings import Part
@@ -55,7 +55,7 @@ def test_names_become_versions(connected: MlflowClient, bundle: Path) -> None:
     assert [resolve(connected, text).version for text in ("style", "style@candidate", "style/2")] == ["3", "1", "2"]
     found = resolve(connected, "models:/style@champion")
     assert (found.uri, found.aliases, found.run_id is None) == ("models:/style/3", ("champion",), False)
-    assert [v.uri for v in encoders.versions(connected)][:2] == ["models:/detail/1", "models:/style/3"]
+    assert [v.uri for v in versions(connected)][:2] == ["models:/detail/1", "models:/style/3"]
     for text, message in (
         ("stile", "no encoder 'stile' in the registry; there are: detail, style"),
         ("style@best", "of style there are: @champion, @candidate, /3, /2, /1"),
@@ -235,7 +235,7 @@ def test_two_stores_in_one_process(connected: MlflowClient, bundle: Path, base: 
     (tmp_path / "others").mkdir()
     register(connected, bundle, "style")
     other = tracking.client(tmp_path / "others")
-    assert other.tracking_uri != connected.tracking_uri and encoders.versions(other) == []
+    assert other.tracking_uri != connected.tracking_uri and versions(other) == []
     assert load_encoder(resolve(connected, "style"), base).uri == "models:/style/1"
 
 

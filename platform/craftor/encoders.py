@@ -1,6 +1,5 @@
-"""A name in the registry, or a bundle's folder -> a tuned text encoder, checked against its base and ready to mix.
+"""A registered version, or a folder -> a tuned text encoder, checked against its base and ready to mix.
 
-An alias is resolved to a version once, and everything after speaks of that version and the hash of its weights.
 Loading executes nothing: allow-listed files with the manifest's hashes, safetensors, the shapes and the tokenizer of
 the base, then one probe prompt.
 """
@@ -8,7 +7,6 @@ the base, then one probe prompt.
 import hashlib
 import json
 import os
-import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mlflow.entities.model_registry import RegisteredModel
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from safetensors import SafetensorError
@@ -26,10 +23,12 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from craftor import checkpoint, registry, trainable
 from craftor.diffuser import Diffuser, tokenize
 from craftor.prefix_cache import weights_digest
-from craftor.tracking import TrackingUnreachable, answering
+from craftor.tracking import TrackingUnreachable
+from craftor.versions import UnknownEncoder, Version, resolve, versions
+
+__all__ = ["Encoder", "EncoderRefused", "UnknownEncoder", "Version", "load_encoder", "resolve", "versions"]
 
 PROBE = ["a photograph of an astronaut riding a horse", ""]
-_REFERENCE = re.compile(r"(?:models:/)?(?P<name>[^/@:'\"]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))?")
 ARCHITECTURE = (
     "vocab_size",
     "hidden_size",
@@ -42,37 +41,8 @@ ARCHITECTURE = (
 """What a stand-in's configuration must share with the part it replaces."""
 
 
-class UnknownEncoder(ValueError):
-    """No such name, alias or version in the registry; the message lists those there are."""
-
-
 class EncoderRefused(ValueError):
     """A bundle that must not be used with this base; the message says what does not fit."""
-
-
-@dataclass(frozen=True)
-class Version:
-    """One version of a registered encoder. Aliases move; this does not."""
-
-    name: str
-    version: str
-    run_id: str | None
-    aliases: tuple[str, ...]
-    """Those that named it when it was looked up."""
-    tags: dict[str, str]
-    created: int
-    """Milliseconds since 1970."""
-    store: str
-    """The MLflow store's URI."""
-
-    @property
-    def uri(self) -> str:
-        return f"models:/{self.name}/{self.version}"
-
-    @property
-    def scores(self) -> dict[str, dict[str, Any]]:
-        """By metric: base, tuned, delta, ci95, and whether it is `held_out`; empty before an evaluation."""
-        return json.loads(self.tags.get(registry.HELD_OUT, "{}"))
 
 
 @dataclass(frozen=True)
@@ -101,56 +71,6 @@ class Encoder:
     @property
     def module(self) -> CLIPTextModel | CLIPTextModelWithProjection:
         return self.modules[self.part]
-
-
-def versions(connected: MlflowClient) -> list[Version]:
-    """Every registered encoder, by name, newest version first. Raises TrackingUnreachable."""
-    with answering(connected):
-        models = connected.search_registered_models(max_results=1000)
-        return [version for model in models for version in _versions_of(connected, model)]
-
-
-def resolve(connected: MlflowClient, text: str) -> Version:
-    """`name` (its newest version), `name@alias` or `name/3`, with or without `models:/` -> that version.
-
-    Raises UnknownEncoder listing what there is, TrackingUnreachable when the server does not answer.
-    """
-    parsed = _REFERENCE.fullmatch(text)
-    if parsed is None:
-        raise UnknownEncoder(f"{text!r}: expected name, name@alias or name/version")
-    name, alias, number = parsed["name"], parsed["alias"], parsed["version"]
-    with answering(connected):
-        try:
-            there = _versions_of(connected, connected.get_registered_model(name))
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            there = []
-    if not there:
-        names = ", ".join(dict.fromkeys(v.name for v in versions(connected)))
-        raise UnknownEncoder(f"no encoder {name!r} in the registry; there are: {names or 'none'}")
-    for found in there:
-        if number in (None, found.version) and (alias is None or alias in found.aliases):
-            return found
-    known = [*(f"@{alias}" for v in there for alias in v.aliases), *(f"/{v.version}" for v in there)]
-    raise UnknownEncoder(f"no encoder {text!r} in the registry; of {name} there are: {', '.join(known)}")
-
-
-def _versions_of(connected: MlflowClient, model: RegisteredModel) -> list[Version]:
-    """Newest first. MLflow's search leaves `aliases` of versions empty; the registered model has them."""
-    found = [v for v in connected.search_model_versions(f"name = '{model.name}'") if registry.SHA256 in v.tags]
-    return [
-        Version(
-            v.name,
-            str(v.version),
-            v.run_id or None,
-            tuple(sorted(alias for alias, version in model.aliases.items() if str(version) == str(v.version))),
-            dict(v.tags),
-            v.creation_timestamp,
-            connected.tracking_uri,
-        )
-        for v in sorted(found, key=lambda v: -int(v.version))
-    ]
 
 
 def cache_folder() -> Path:
@@ -219,6 +139,35 @@ def load_encoder(found: Version | Path, base: Diffuser, *, any_base: bool = Fals
         (window["first_timestep"], window["last_timestep"]),
         description,
     )
+
+
+def pretrained(path: str) -> CLIPTextModel:
+    """A text encoder's folder or hub id, or a pipeline's."""
+    errors = []
+    for subfolder in ("text_encoder", ""):
+        try:
+            module, report = CLIPTextModel.from_pretrained(
+                path, subfolder=subfolder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            )
+        except (OSError, ValueError) as error:
+            errors.append(str(error).splitlines()[0])
+            continue
+        if not report["missing_keys"]:
+            return module
+        errors.append(f"{len(report['missing_keys'])} weights missing")
+    raise EncoderRefused(f"{path}: no text encoder in safetensors there ({errors[-1]})")
+
+
+def plain(module: CLIPTextModel | CLIPTextModelWithProjection, name: str, base: Diffuser) -> Encoder:
+    """A model that comes without description: acts at every timestep unless told otherwise."""
+    part = "text_encoder_2" if isinstance(module, CLIPTextModelWithProjection) else "text_encoder"
+    if part not in base.encoders:
+        raise EncoderRefused(f"{name}: a {type(module).__name__}, and this pipeline has no {part}")
+    check_architecture(module.config.to_dict(), part, base, name)
+    module = module.to(base.device)
+    probe(part, module, base, name)
+    window = (base.scheduler.config.num_train_timesteps - 1, 0)
+    return Encoder(name, None, name, weights_digest([module]), None, {part: module}, window, {})
 
 
 def _load_modules(folder: Path, base: Diffuser, uri: str) -> dict[str, Any]:

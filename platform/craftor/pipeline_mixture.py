@@ -21,12 +21,11 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from craftor.denoise import Prompt
 from craftor.diffuser import ENCODERS, Diffuser
 from craftor.embed import Condition
-from craftor.encoders import Encoder, check_architecture, load_encoder, probe, resolve
+from craftor.encoders import Encoder, load_encoder, plain, pretrained
 from craftor.mixture import Member, MixtureError, check_weights, prompt_at, timesteps
-from craftor.prefix_cache import weights_digest
 from craftor.registry import BundleError
 from craftor.tracking import client
-from craftor.trainable import CLASSES
+from craftor.versions import resolve
 
 Source: TypeAlias = str | Path | CLIPTextModel | CLIPTextModelWithProjection | Encoder
 POOLED_IGNORED = ("StableDiffusionXLControlNetInpaintPipeline",)
@@ -220,40 +219,15 @@ def _encoder(source: Source, base: Diffuser, runs: Path, any_base: bool) -> Enco
     if isinstance(source, Encoder):
         return source
     if isinstance(source, CLIPTextModel | CLIPTextModelWithProjection):
-        return _plain(source, "given model", base)
+        return plain(source, "given model", base)
     path = Path(source)
     if (path / "encoder.toml").is_file():
         return load_encoder(path, base, any_base=any_base)
     owner, _, rest = str(source).removeprefix("models:/").partition("/")
     if path.is_dir() or (rest and not rest.isdigit()):
-        return _plain(_pretrained(str(source)), str(source), base)
+        return plain(pretrained(str(source)), str(source), base)
     if not runs.is_dir():
         raise BundleError(
             f"{source}: not a folder, and there is no registry in {runs}; name the store's folder by runs"
         )
     return load_encoder(resolve(client(runs), str(source)), base, any_base=any_base)
-
-
-def _pretrained(path: str) -> CLIPTextModel:
-    """A text encoder's folder or hub id, or a pipeline's."""
-    errors = []
-    for subfolder in ("text_encoder", ""):
-        try:
-            return CLASSES["text_encoder"].from_pretrained(
-                path, subfolder=subfolder, use_safetensors=True, dtype=torch.float32
-            )
-        except (OSError, ValueError) as error:
-            errors.append(str(error).splitlines()[0])
-    raise BundleError(f"{path}: no text encoder in safetensors there ({errors[-1]})")
-
-
-def _plain(module: CLIPTextModel | CLIPTextModelWithProjection, name: str, base: Diffuser) -> Encoder:
-    """A model that comes without description: acts at every timestep unless told otherwise."""
-    part = "text_encoder_2" if isinstance(module, CLIPTextModelWithProjection) else "text_encoder"
-    if part not in base.encoders:
-        raise MixtureError(f"{name}: a {type(module).__name__}, and this pipeline has no {part}")
-    check_architecture(module.config.to_dict(), part, base, name)
-    module = module.to(base.device)
-    probe(part, module, base, name)
-    window = (base.scheduler.config.num_train_timesteps - 1, 0)
-    return Encoder(name, None, name, weights_digest([module]), None, {part: module}, window, {})

@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from craftor.recipe import RecipeError
+from craftor.rewards_command import wide_console
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
     from craftor.diffuser import Diffuser
-    from craftor.encoders import Encoder, Version
+    from craftor.encoders import Encoder
+    from craftor.versions import Version
 
 app = typer.Typer()
 
@@ -53,7 +54,7 @@ def register(
 @app.command("list")
 def list_encoders(runs: Runs = RUNS) -> None:
     """Every version: aliases, the timesteps it acts in, what it changed for certain on held-out prompts."""
-    from craftor.encoders import versions
+    from craftor.versions import versions
 
     table = Table("encoder", "aliases", "timesteps", "base", "held-out change", "recipe", "registered")
     for found in versions(_connect(runs)):
@@ -67,20 +68,21 @@ def list_encoders(runs: Runs = RUNS) -> None:
             tags["craftor.run"],
             _date(found.created),
         )
-    _console().print(table)
+    wide_console().print(table)
 
 
 @app.command()
 def show(reference: Reference, runs: Runs = RUNS) -> None:
     """One version: lineage (run, recipe, dataset), hashes, window, rewards, held-out scores."""
     from craftor.console import table as scores_table
-    from craftor.encoders import fetch, resolve
+    from craftor.encoders import fetch
     from craftor.registry import description_of, weights_sha256
+    from craftor.versions import resolve
 
     connected = _connect(runs)
     found = resolve(connected, reference)
     bundle = fetch(found)
-    about, console = description_of(bundle), _console()
+    about, console = description_of(bundle), wide_console()
     window, lineage = about["window"], about.get("lineage", {})
     table = Table("", f"{found.name}/{found.version}", show_header=True)
     rows = {
@@ -114,8 +116,9 @@ def promote(
     runs: Runs = RUNS,
 ) -> None:
     """Point an alias at a version, after checking that its bundle is whole."""
-    from craftor.encoders import fetch, resolve, versions
+    from craftor.encoders import fetch
     from craftor.tracking import answering
+    from craftor.versions import resolve, versions
 
     connected = _connect(runs)
     found = resolve(connected, reference)
@@ -143,7 +146,7 @@ def diff(
     from craftor.compare import default_prompts, differences, distances, save_grid
     from craftor.rollout import Rollout
 
-    connected, console = _connect(runs), _console()
+    connected, console = _connect(runs), wide_console()
     diffuser, (one, other) = _load(connected, [a, b], base)
     table = Table("description", one.uri, other.uri)
     for key, values in differences(one.description, other.description).items():
@@ -226,9 +229,10 @@ def _connect(runs: Path) -> "MlflowClient":
 def _load(connected: "MlflowClient", references: list[str], base: str | None) -> "tuple[Diffuser, list[Encoder]]":
     """Encoders, and the base that the first of them was trained from."""
     from craftor.diffuser import load
-    from craftor.encoders import fetch, load_encoder, resolve
+    from craftor.encoders import fetch, load_encoder
     from craftor.recipe import Model
     from craftor.registry import description_of
+    from craftor.versions import resolve
 
     found: list[Version | Path] = [
         Path(text) if (Path(text) / "encoder.toml").is_file() else resolve(connected, text) for text in references
@@ -252,9 +256,3 @@ def _changes(found: "Version") -> str:
 
 def _date(milliseconds: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(milliseconds / 1000))
-
-
-def _console() -> Console:
-    """Wide enough for the tables wherever output is not a terminal."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=200)
