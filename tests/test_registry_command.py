@@ -154,6 +154,33 @@ def test_exports_load_elsewhere(recipe: Recipe, runs: Path, tmp_path: Path, tiny
         craft("export", "a", "--to", "onnx", "--out", tmp_path / "x", "--runs", runs)
 
 
+def test_a_pipeline_takes_registered_names(runs: Path, tiny: Path) -> None:
+    """In the timesteps an encoder was trained for, unless told otherwise; the version is known to whoever asks."""
+    pipe = StableDiffusionPipeline.from_pretrained(tiny / "pipeline", safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+
+    def picture() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return pipe("a red star", num_inference_steps=4, generator=generator, output_type="pt").images
+
+    plain = picture()
+    with craftor.apply(pipe, {"a@candidate": 0.5, "b/1": 0.25}, runs=runs) as applied:
+        named = picture()
+    assert [(m.encoder.uri, m.window) for m in applied.members] == [
+        ("models:/a/1", (499, 0)),
+        ("models:/b/1", (499, 0)),
+    ]
+    bundles = {
+        runs.parent / "b" / "bundle": {"weight": 0.25, "from": 499, "to": 0},
+        str(runs.parent / "a" / "bundle"): {"weight": 0.5, "from": 499, "to": 0},
+    }
+    with craftor.apply(pipe, bundles):
+        torch.testing.assert_close(picture(), named)
+    assert not torch.equal(named, plain)
+    with pytest.raises(encoders.UnknownEncoder, match="no encoder 'c' in the registry; there are: a, b"):
+        craftor.apply(pipe, {"c": 1.0}, runs=runs)
+
+
 def test_merging_sums_weights_and_can_be_registered(recipe: Recipe, runs: Path, tmp_path: Path) -> None:
     told = craft("merge", "a@candidate=0.25", "b=0.5", "--name", "c", "--out", tmp_path / "c", "--runs", runs)
     assert f"craftor register {tmp_path / 'c'}" in told.replace("\n", "")

@@ -152,7 +152,7 @@ def diff(
     for key, values in differences(one.description, other.description).items():
         table.add_row(key, *("" if value is None else str(value) for value in values))
     console.print(table)
-    for part in one.modules.keys() & other.modules.keys():
+    for part in (part for part in one.modules if part in other.modules):
         table = Table(f"{part}: relative distance", "A from base", "B from base", "A from B")
         pairs = ((one, diffuser.encoders), (other, diffuser.encoders), (one, other.modules))
         columns = [distances(encoder.modules[part], parts[part]) for encoder, parts in pairs]
