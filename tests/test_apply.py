@@ -3,6 +3,7 @@
 import copy
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
 from diffusers import (
@@ -216,16 +217,21 @@ def test_other_callbacks_and_batches_still_work(tiny: Path) -> None:
         assert cut.isfinite().all()
 
 
-def test_encoders_come_from_folders(tiny: Path, tmp_path: Path) -> None:
-    """A model's folder or a pipeline's, each without description: they act at all timesteps."""
+def test_encoders_come_from_folders_and_the_hub(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model's folder, a pipeline's, a hub id in the local cache; without description they act at all timesteps."""
     pipe = stock(tiny, "pipeline")
     one = tuned(pipe.text_encoder, 1)
     with craftor.apply(pipe, {one: 1.0}):
         wanted = picture(pipe)
     one.save_pretrained(tmp_path / "alone")
     one.save_pretrained(tmp_path / "whole" / "text_encoder")
-    for folder in ("alone", "whole"):
-        with craftor.apply(pipe, {str(tmp_path / folder): 1.0}) as applied:
+    cached = tmp_path / "hub" / "models--someone--style"
+    one.save_pretrained(cached / "snapshots" / ("a" * 40) / "text_encoder")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for source in (str(tmp_path / "alone"), tmp_path / "whole", "someone/style"):
+        with craftor.apply(pipe, {source: 1.0}) as applied:
             assert torch.equal(picture(pipe), wanted)
         assert applied.members[0].window == (999, 0)
 

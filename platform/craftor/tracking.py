@@ -53,9 +53,9 @@ def client(runs_root: Path) -> MlflowClient:
 
 def _use(uri: str) -> None:
     """Make a store MLflow's current one, without the environment variable that it would leave for the next call."""
-    before = os.environ.get("MLFLOW_TRACKING_URI")
+    given = os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(uri)
-    if before is None:
+    if not given:
         os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
