@@ -1,7 +1,9 @@
 """Bundles and run folders of tiny encoders, as training leaves them, made without training."""
 
 import copy
+import functools
 import json
+import tempfile
 from pathlib import Path
 
 import pyarrow
@@ -23,6 +25,21 @@ METRICS = {
     "accuracy": {"base": 0.5, "tuned": 0.51, "delta": 0.01, "ci95": [-0.1, 0.1], "win_rate": 0.5, "held_out": True},
     "total": {"base": 1.0, "tuned": 2.0, "delta": 1.0, "ci95": [0.9, 1.1], "win_rate": 1.0, "held_out": False},
 }
+
+
+@functools.cache
+def _empty_store() -> bytes:
+    """An SQLite file with MLflow's tables; making them anew for each store would take seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        MlflowClient(f"sqlite:///{folder}/mlflow.db").search_experiments()
+        return Path(folder, "mlflow.db").read_bytes()
+
+
+def new_store(runs: Path) -> MlflowClient:
+    """A store of its own in a new folder."""
+    runs.mkdir()
+    (runs / "mlflow.db").write_bytes(_empty_store())
+    return tracking.client(runs)
 
 
 def tuned(original: nn.Module, seed: int, by: float = 0.3) -> nn.Module:

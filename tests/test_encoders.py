@@ -18,14 +18,13 @@ from craftor.encoders import EncoderRefused, UnknownEncoder, load_encoder, resol
 from craftor.recipe import Model, Recipe
 from craftor.registry import BundleError
 from craftor.task_settings import Part
-from encoder_bundles import make_bundle, recipe_for, register, write_lora
+from encoder_bundles import make_bundle, new_store, recipe_for, register, write_lora
 
 
 @pytest.fixture
 def connected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
     monkeypatch.setenv("CRAFTOR_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "runs").mkdir()
-    return tracking.client(tmp_path / "runs")
+    return new_store(tmp_path / "runs")
 
 
 @pytest.fixture
@@ -232,9 +231,8 @@ def test_a_bundle_replaced_in_the_store_is_refused(connected: MlflowClient, bund
 
 
 def test_two_stores_in_one_process(connected: MlflowClient, bundle: Path, base: Diffuser, tmp_path: Path) -> None:
-    (tmp_path / "others").mkdir()
     register(connected, bundle, "style")
-    other = tracking.client(tmp_path / "others")
+    other = new_store(tmp_path / "others")
     assert other.tracking_uri != connected.tracking_uri and versions(other) == []
     assert load_encoder(resolve(connected, "style"), base).uri == "models:/style/1"
 

@@ -1,28 +1,25 @@
 """The registry from the command line: lineage and scores in, versions compared, exported, merged and promoted."""
 
-import base64
 import json
 import os
 import re
 import shutil
-import threading
-from collections.abc import Callable, Iterable, Iterator
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from mlflow.server import app as mlflow_app
-from mlflow.server import constants
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import CLIPTextModel
 from typer.testing import CliRunner
-from werkzeug.exceptions import Unauthorized
-from werkzeug.serving import make_server
 
 import craftor
+import guarded_mlflow
 from craftor import checkpoint, encoders, tracking
 from craftor.cli import app
 from craftor.diffuser import load
@@ -30,7 +27,7 @@ from craftor.encoders import EncoderRefused, load_encoder, resolve
 from craftor.mixture import MixtureError
 from craftor.recipe import Recipe, RecipeError
 from craftor.registry import BundleError
-from encoder_bundles import make_bundle, make_run, recipe_for, register
+from encoder_bundles import make_bundle, make_run, new_store, recipe_for, register
 
 
 @pytest.fixture
@@ -42,8 +39,7 @@ def recipe(tiny_recipe: Path) -> Recipe:
 def runs(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A store with two encoders of one base: a/1 (candidate) and b/1."""
     monkeypatch.setenv("CRAFTOR_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "runs").mkdir()
-    connected = tracking.client(tmp_path / "runs")
+    connected = new_store(tmp_path / "runs")
     for name, seed, aliases in (("a", 1, ["candidate"]), ("b", 2, [])):
         register(connected, make_bundle(recipe, tmp_path / name, seed), name, *aliases)
     return tmp_path / "runs"
@@ -217,24 +213,17 @@ def test_a_base_that_is_not_here_can_be_named(recipe: Recipe, runs: Path, tmp_pa
 
 
 @pytest.fixture
-def guarded_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of MLflow's server, with its own artifact store, behind a user and a password."""
-    for name, value in (
-        (constants.BACKEND_STORE_URI_ENV_VAR, f"sqlite:///{tmp_path / 'server.db'}"),
-        (constants.ARTIFACT_ROOT_ENV_VAR, "mlflow-artifacts:/"),
-        (constants.ARTIFACTS_DESTINATION_ENV_VAR, str(tmp_path / "artifacts")),
-        (constants.SERVE_ARTIFACTS_ENV_VAR, "true"),
-    ):
-        monkeypatch.setenv(name, value)
-    wanted = "Basic " + base64.b64encode(b"trainer:secret").decode()
-
-    def guarded(environ: dict, start: Callable) -> Iterable[bytes]:
-        return (mlflow_app if environ.get("HTTP_AUTHORIZATION") == wanted else Unauthorized())(environ, start)
-
-    server = make_server("127.0.0.1", 0, guarded, threaded=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+def guarded_server(tmp_path: Path) -> Iterator[str]:
+    store = tmp_path / "server"
+    new_store(store)
+    script = Path(__file__).with_name("guarded_mlflow.py")
+    server = subprocess.Popen(
+        [sys.executable, "-W", "ignore", script, store], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert server.stdout is not None
+    yield f"http://127.0.0.1:{server.stdout.readline().strip()}"
+    server.terminate()
+    server.wait(30)
 
 
 def test_a_server_with_authentication(
@@ -242,11 +231,11 @@ def test_a_server_with_authentication(
 ) -> None:
     monkeypatch.setenv("CRAFTOR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", guarded_server)
-    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "trainer")
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", guarded_mlflow.USER)
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
     with pytest.raises(tracking.TrackingUnreachable, match="401"):
         craft("list")
-    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", guarded_mlflow.PASSWORD)
     run = make_run(recipe, tmp_path / "run", seed=1)
     assert craft("register", run, "--alias", "candidate").strip() == "models:/tiny/1"
     assert craft("promote", "tiny@candidate").strip() == "tiny@champion is tiny/1"
