@@ -28,7 +28,7 @@ METRICS = {
 
 
 @functools.cache
-def _empty_store() -> bytes:
+def empty_store() -> bytes:
     """An SQLite file with MLflow's tables; making them anew for each store would take seconds."""
     with tempfile.TemporaryDirectory() as folder:
         MlflowClient(f"sqlite:///{folder}/mlflow.db").search_experiments()
@@ -38,7 +38,7 @@ def _empty_store() -> bytes:
 def new_store(runs: Path) -> MlflowClient:
     """A store of its own in a new folder."""
     runs.mkdir()
-    (runs / "mlflow.db").write_bytes(_empty_store())
+    (runs / "mlflow.db").write_bytes(empty_store())
     return tracking.client(runs)
 
 

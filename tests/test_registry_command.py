@@ -27,7 +27,7 @@ from craftor.encoders import EncoderRefused, load_encoder, resolve
 from craftor.mixture import MixtureError
 from craftor.recipe import Recipe, RecipeError
 from craftor.registry import BundleError
-from encoder_bundles import make_bundle, make_run, new_store, recipe_for, register
+from encoder_bundles import empty_store, make_bundle, make_run, new_store, recipe_for, register
 
 
 @pytest.fixture
@@ -215,7 +215,8 @@ def test_a_base_that_is_not_here_can_be_named(recipe: Recipe, runs: Path, tmp_pa
 @pytest.fixture
 def guarded_server(tmp_path: Path) -> Iterator[str]:
     store = tmp_path / "server"
-    new_store(store)
+    store.mkdir()
+    (store / "mlflow.db").write_bytes(empty_store())
     script = Path(__file__).with_name("guarded_mlflow.py")
     server = subprocess.Popen(
         [sys.executable, "-W", "ignore", script, store], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -242,4 +243,5 @@ def test_a_server_with_authentication(
     assert "quality +0.5" in craft("list")
     found = resolve(tracking.client(tmp_path), "tiny@champion")
     assert load_encoder(found, load(recipe.model)).window == (499, 0)
+    assert list((tmp_path / "server" / "artifacts").rglob("model.safetensors"))  # they went through the server
     assert os.environ["MLFLOW_TRACKING_URI"] == guarded_server
