@@ -12,12 +12,14 @@ from rich.markup import escape
 from craftor import __version__
 from craftor.preflight import check
 from craftor.recipe import RecipeError, load, load_run, parse_override
+from craftor.registry_command import app as registry_app
 from craftor.rewards_command import app as rewards_app
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Make text-to-image diffusion models better by reward."
 )
 app.add_typer(rewards_app, name="rewards")
+app.add_typer(registry_app)
 console = Console(stderr=True)
 
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a recipe key: --set optimizer.lr=1e-4")]
@@ -99,12 +101,14 @@ def evaluate(
 ) -> None:
     """Score base and tuned on held-out prompts with the same noise: paired differences and intervals."""
     from craftor.console import table
-    from craftor.quickstart import evaluate_runs
+    from craftor.quickstart import evaluate_runs, record
 
     folder = out or runs[0] / "evaluation"
     summary = evaluate_runs(runs, folder, workers)
     Console().print(table(summary["metrics"]))
     print(folder / "summary.json")
+    if len(runs) == 1:
+        record(runs[0], summary["metrics"])
 
 
 @app.command()

@@ -118,7 +118,8 @@ def _conclude(recipe: Recipe, run_dir: Path, final: Path, tracker: tracking.Trac
         if (run_dir / "samples").is_dir():
             tracker.artifacts(run_dir / "samples", "samples")
         if recipe.register_as and registered is None:
-            bundle = registry.write_bundle(recipe, load_diffuser(recipe.model), final, run_dir / "bundle")
+            lineage = {"run_id": tracker.run_id, "dataset_sha256": state["digest"]}
+            bundle = registry.write_bundle(recipe, load_diffuser(recipe.model), final, run_dir / "bundle", lineage)
             registered = registry.register(tracker.client, tracker, recipe, bundle, recipe.run.num_steps)
             write_json(run_dir / "run.json", {**state, "registered": registered})
         tracker.finish()

@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 
-from craftor import checkpoint
+from craftor import checkpoint, registry
 from craftor.cluster import ray_session
 from craftor.evaluate import Tuned, evaluate
 from craftor.fit import write_json
@@ -80,8 +80,18 @@ def finish(out: Path, trained: Trained, summary: dict[str, Any], peak_gib: float
         for path in (*pages, out / "report.json", out / "evaluation" / "images.jsonl"):
             tracker.artifacts(path, "evaluation")
         tracker.artifacts(out / "evaluation" / "samples", "evaluation/samples")
-        tracker.scores(report["metrics"])
+    record(out, report["metrics"])
     return report
+
+
+def record(run: Path, metrics: dict[str, dict[str, Any]]) -> None:
+    """Give held-out scores to the run in MLflow, and to the version of the encoder that it registered."""
+    state = json.loads((run / "run.json").read_text())
+    tracker = Tracker(client(run.parent), state["mlflow_run_id"])
+    with tracker.reachable():
+        tracker.scores(metrics)
+        if "registered" in state:
+            registry.score(tracker.client, state["registered"], metrics)
 
 
 def machine() -> str:

@@ -37,7 +37,7 @@ def list_rewards() -> None:
         for name, _, size, licence, space, here in rows:
             seen = f"{size} px, {fit}" if size else fit
             table.add_row(kind, name, seen, bounds, gradient, prompt, licence, space, "yes" if here else "no")
-    _console().print(table)
+    wide_console().print(table)
 
 
 @app.command()
@@ -77,7 +77,7 @@ def check(
     from craftor_rewards import probes
 
     logging.disable_progress_bar()
-    path, console = golden or probes.GOLDEN, _console()
+    path, console = golden or probes.GOLDEN, wide_console()
     recorded, failed = probes.load_golden(path), []
     for name, (kind, weights) in _chosen(names).items():
         try:
@@ -144,7 +144,7 @@ def _table(rows: "list[Reading]") -> Table:
     return table
 
 
-def _console() -> Console:
+def wide_console() -> Console:
     """Wide enough for the tables wherever output is not a terminal."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=200)

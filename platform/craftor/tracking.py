@@ -32,11 +32,10 @@ def client(runs_root: Path) -> MlflowClient:
     # The default of seven retries with backoff would hold a run up for minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    given = os.environ.get("MLFLOW_TRACKING_URI")
-    uri = given or f"sqlite:///{runs_root.resolve() / 'mlflow.db'}"
-    mlflow.set_tracking_uri(uri)
-    if not given:  # MLflow leaves our choice there, and the next call, for another folder, would take it for the user's
-        os.environ.pop("MLFLOW_TRACKING_URI", None)
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs_root.resolve() / 'mlflow.db'}"
+    _use(uri)
     connected = MlflowClient(uri)
     try:
         if connected.get_experiment_by_name(EXPERIMENT) is None:
@@ -50,6 +49,24 @@ def client(runs_root: Path) -> MlflowClient:
             f"MLflow at {uri} does not answer ({reason}); start it, or unset MLFLOW_TRACKING_URI to use a local file"
         ) from None
     return connected
+
+
+def _use(uri: str) -> None:
+    """Make a store MLflow's current one, without the environment variable that it would leave for the next call."""
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(uri)
+    if not given:
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+
+@contextmanager
+def answering(connected: MlflowClient) -> Iterator[None]:
+    """Whatever MLflow raises in the block becomes TrackingUnreachable with its reason: no answer, no permission."""
+    try:
+        yield
+    except MlflowException as error:
+        reason = str(error).splitlines()[0][:200]
+        raise TrackingUnreachable(f"MLflow at {connected.tracking_uri} refused or did not answer: {reason}") from error
 
 
 class Tracker:
