@@ -15,6 +15,7 @@ import mlflow
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, RunStatus
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from craftor.prompts import Prepared
 from craftor.recipe import Recipe
@@ -60,11 +61,20 @@ class Tracker:
         self.outage: str | None = None
 
     @classmethod
-    def start(cls, connected: MlflowClient, recipe: Recipe, prepared: Prepared) -> "Tracker":
-        """Create the run with the resolved recipe and the prompt dataset's digest."""
+    def start(
+        cls,
+        connected: MlflowClient,
+        recipe: Recipe,
+        prepared: Prepared,
+        *,
+        name: str | None = None,
+        parent: str | None = None,
+    ) -> "Tracker":
+        """Create the run, or a child of the run `parent`, with the resolved recipe and the prompt dataset's digest."""
         experiment = connected.get_experiment_by_name(EXPERIMENT)
         assert experiment is not None
-        run_id = connected.create_run(experiment.experiment_id, run_name=recipe.name).info.run_id
+        tags = {MLFLOW_PARENT_RUN_ID: parent} if parent else {}
+        run_id = connected.create_run(experiment.experiment_id, run_name=name or recipe.name, tags=tags).info.run_id
         parameters = [Param(key, str(value)[:500]) for key, value in _flatten(recipe.model_dump(by_alias=True))]
         connected.log_batch(run_id, params=parameters)
         connected.log_dict(run_id, recipe.model_dump(by_alias=True), "recipe.json")
@@ -121,6 +131,11 @@ class Tracker:
             for key in ("base", "tuned", "delta")
         ]
         self.client.log_batch(self.run_id, metrics=points)
+
+    def figures(self, values: dict[str, float], step: int = 0) -> None:
+        """Figures that are no line of `metrics.jsonl`, at once."""
+        now = int(time.time() * 1000)
+        self.client.log_batch(self.run_id, metrics=[Metric(name, value, now, step) for name, value in values.items()])
 
     def output(self, model_id: str, step: int) -> None:
         """Tie a logged model to the run that made it."""
