@@ -75,6 +75,35 @@ def train(
 
 
 @app.command()
+def search(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe with a [search] section.")] = None,
+    resume: Annotated[Path | None, typer.Option("--resume", help="Go on with the search in this folder.")] = None,
+    out: Out = None,
+    overrides: Set = None,
+) -> None:
+    """Search reward weights, windows and any other key of a recipe; register the best encoder."""
+    if (recipe is None) == (resume is None):
+        raise RecipeError("give either a recipe or --resume SEARCH")
+    if resume is not None:
+        if overrides or out:
+            raise RecipeError("--resume goes on with the search's own recipe and folder; --set and --out do not apply")
+        from craftor.search import resume as go_on
+
+        found = go_on(resume)
+    else:
+        assert recipe is not None
+        checked = load(recipe, _overrides(overrides))
+        check(checked, recipe)
+        from craftor.search import search as start
+
+        found = start(checked, recipe, out or Path("runs") / checked.name)
+    for page in found.pages:
+        print(page)
+    for registered in found.registered:
+        print(f"registered in MLflow: models:/{registered['name']}/{registered['version']}")
+
+
+@app.command()
 def prefix(
     recipe: Annotated[Path, typer.Argument(help="A reward-tuning recipe.")],
     out: Annotated[str, typer.Option("--out", help="A folder or fsspec URL for the cache.")],

@@ -74,7 +74,7 @@ class Judge:
         folder: Path | None = None,
         rewards: Mapping[str, Any] | None = None,
     ) -> None:
-        """`recipe` is the search's own; `folder` holds what `judge_base` wrote; `rewards`, by name, are built already."""
+        """`recipe` is the search's own; `folder` holds what `judge_base` wrote; `rewards` exist already, by name."""
         assert isinstance(recipe.task, RewardTuning) and recipe.search is not None
         self.search, self.seed, self.diffuser = recipe.search, recipe.seed, diffuser
         # Judged as evaluation does, whatever the precision of training.

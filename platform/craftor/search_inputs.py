@@ -90,7 +90,7 @@ def prepare(recipe: Recipe, folder: Path) -> Shared:
     caches = {stop: str((folder / "prefix" / f"to-{stop}").resolve()) for stop in starts} if search.share_prefix else {}
     num_cached = 0
     if caches:
-        longest = recipe.with_values({"run.num_steps": _most_steps(recipe)})
+        longest = recipe.with_values({"run.num_steps": most_steps(recipe)})
         made_from = key(recipe, diffuser, prepared.digest)
         num_cached = fill_several(longest, prepared, made_from, caches, max(concurrent - 1, 1))
     ray.get(base)
@@ -132,6 +132,6 @@ def _starts(recipe: Recipe) -> list[int]:
     return sorted(starts)
 
 
-def _most_steps(recipe: Recipe) -> int:
+def most_steps(recipe: Recipe) -> int:
     steps = recipe.search_space.get("run.num_steps")
     return max([recipe.run.num_steps, *(int(end) for end in (steps.ends if steps else ()))])

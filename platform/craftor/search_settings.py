@@ -165,7 +165,7 @@ class Search(Section):
 def expand(
     space: Mapping[str, Distribution], data: Mapping[str, Any], sections: Sequence[str]
 ) -> dict[str, Distribution]:
-    """Full dotted keys of a recipe's data. Raises ValueError for a `*` that stands for nothing and for `COMMON` keys."""
+    """Full dotted keys of a recipe's data. Raises ValueError for a `*` that fits nothing and for `COMMON` keys."""
     expanded: dict[str, Distribution] = {}
     for key, distribution in space.items():
         parts = key.split(".")

@@ -45,7 +45,7 @@ class Tried:
 
 
 class Study:
-    """Ask, report, tell. The only file that imports Optuna for anything but plots."""
+    """Ask, report, tell."""
 
     def __init__(
         self,
@@ -113,6 +113,10 @@ class Study:
 
     def fail(self, number: int) -> None:
         self.optuna.tell(number, state=TrialState.FAIL)
+
+    def logarithmic(self, key: str) -> bool:
+        """Whether a key is drawn by its logarithm."""
+        return getattr(self.space[key], "log", False)
 
     def _asked(self) -> list[FrozenTrial]:
         return [t for t in self.optuna.get_trials(deepcopy=False) if t.state != TrialState.WAITING]
