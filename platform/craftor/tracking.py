@@ -65,20 +65,22 @@ class Tracker:
         cls,
         connected: MlflowClient,
         recipe: Recipe,
-        prepared: Prepared,
+        prepared: Prepared | None,
         *,
         name: str | None = None,
         parent: str | None = None,
     ) -> "Tracker":
-        """Create the run, or a child of the run `parent`, with the resolved recipe and the prompt dataset's digest."""
+        """Create the run, or a child of the run `parent`, with the resolved recipe and the digest of its prompts, if any."""
         experiment = connected.get_experiment_by_name(EXPERIMENT)
         assert experiment is not None
         tags = {MLFLOW_PARENT_RUN_ID: parent} if parent else {}
         run_id = connected.create_run(experiment.experiment_id, run_name=name or recipe.name, tags=tags).info.run_id
-        parameters = [Param(key, str(value)[:500]) for key, value in _flatten(recipe.model_dump(by_alias=True))]
+        flat = _flatten(recipe.model_dump(by_alias=True))
+        parameters = [Param(key.replace("*", "each"), str(value)[:500]) for key, value in flat]  # MLflow allows no *
         connected.log_batch(run_id, params=parameters)
         connected.log_dict(run_id, recipe.model_dump(by_alias=True), "recipe.json")
-        connected.log_inputs(run_id, [_dataset(recipe, prepared)])
+        if prepared is not None:
+            connected.log_inputs(run_id, [_dataset(recipe, prepared)])
         return cls(connected, run_id)
 
     def log(self, record: dict[str, float]) -> None:
