@@ -6,7 +6,7 @@ from typing import Any
 
 from craftor.judge import Judge
 from craftor.mixture import Member
-from craftor.recipe import Recipe, Search
+from craftor.recipe import Recipe, RewardTuning, Search
 from craftor.tasks import Task
 from craftor.tasks.reward_tuning import RewardTuningTask
 
@@ -25,7 +25,7 @@ class Probe:
         self.judge: Judge | None = None
         if rank == 0:
             common = Recipe.model_validate(settings["recipe"])
-            self.judge = Judge(common, task.diffuser, Path(settings["folder"]), task.scoring.built)
+            self.judge = Judge(common, task.diffuser, Path(settings["folder"]), _same(task, recipe, common))
             kept = [line for line in read(run_dir) if line["step"] <= step]
             self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
@@ -46,6 +46,17 @@ class Probe:
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         return line
+
+
+def _same(task: RewardTuningTask, recipe: Recipe, common: Recipe) -> dict[str, Any]:
+    """The trial's rewards that are also those it is judged by."""
+    assert isinstance(recipe.task, RewardTuning) and isinstance(common.task, RewardTuning)
+    mine, theirs = recipe.task.rewards, common.task.rewards
+    return {
+        name: reward
+        for name, reward in task.scoring.built.items()
+        if name in theirs and (mine[name].kind, mine[name].weights) == (theirs[name].kind, theirs[name].weights)
+    }
 
 
 def read(run_dir: Path) -> list[dict[str, float]]:

@@ -1,6 +1,6 @@
 """A recipe with `[search]` -> trials on Ray Tune -> the best encoders, registered with what they were chosen by.
 
-`OUT/` holds `recipe.toml`, `study.db` (every trial), `search.json` (MLflow ids, seconds), what trials share (`rows/`,
+`OUT/` holds `recipe.toml`, `study.db` (every trial), `search.json` (MLflow id, seconds), what trials share (`rows/`,
 `prefix/`, `judge/`), a run folder for each trial under `trials/`, and at the end `report.html` with its plots.
 """
 
@@ -107,7 +107,7 @@ def _parent(connected: Any, shared: Shared) -> tracking.Tracker:
     if path.exists():
         return tracking.Tracker(connected, json.loads(path.read_text())["mlflow_run_id"])
     parent = tracking.Tracker.start(connected, shared.recipe, shared.prepared)
-    write_json(path, {"mlflow_run_id": parent.run_id, "seconds": 0.0})
+    write_json(path, {"mlflow_run_id": parent.run_id, "seconds": 0.0, "prefix_seconds": shared.prefix_seconds})
     return parent
 
 

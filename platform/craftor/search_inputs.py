@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ class Shared:
     caches: dict[int, str]
     """Prefix caches by the denoising step they reach; none where each trial computes its own."""
     num_cached: int
+    prefix_seconds: float
+    """What filling the caches took in this session."""
 
     @property
     def base(self) -> dict[str, float]:
@@ -88,13 +91,14 @@ def prepare(recipe: Recipe, folder: Path) -> Shared:
     diffuser = load_diffuser(recipe.model)
     prepared = _rows(recipe, diffuser, folder)
     caches = {stop: str((folder / "prefix" / f"to-{stop}").resolve()) for stop in starts} if search.share_prefix else {}
-    num_cached = 0
+    num_cached, started = 0, time.monotonic()
     if caches:
         longest = recipe.with_values({"run.num_steps": most_steps(recipe)})
         made_from = key(recipe, diffuser, prepared.digest)
         num_cached = fill_several(longest, prepared, made_from, caches, max(concurrent - 1, 1))
+    filled = time.monotonic() - started
     ray.get(base)
-    return Shared(recipe, folder, prepared, caches, num_cached)
+    return Shared(recipe, folder, prepared, caches, num_cached, filled)
 
 
 def _rows(recipe: Recipe, diffuser: Diffuser, folder: Path) -> Prepared:

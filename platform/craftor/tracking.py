@@ -70,7 +70,7 @@ class Tracker:
         name: str | None = None,
         parent: str | None = None,
     ) -> "Tracker":
-        """Create the run, or a child of the run `parent`, with the resolved recipe and the digest of its prompts, if any."""
+        """Create the run, or a child of the run `parent`, with the resolved recipe and its prompts' digest, if any."""
         experiment = connected.get_experiment_by_name(EXPERIMENT)
         assert experiment is not None
         tags = {MLFLOW_PARENT_RUN_ID: parent} if parent else {}
