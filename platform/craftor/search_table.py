@@ -1,4 +1,4 @@
-"""The trials of a search as a live table on a terminal, or as a line an event in a log."""
+"""The trials of a search as a live table on a terminal, or in a log as a line for each that has ended."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,9 +34,11 @@ class TrialTable:
 
     def show(self, trials: Sequence[Tried], changed: int) -> None:
         if self.live is not None:
-            self.live.update(self.table(trials), refresh=True)
+            self.live.update(self.table(trials[-self.console.height + 4 :]), refresh=True)
             return
         trial = next(trial for trial in trials if trial.number == changed)
+        if trial.state == "running":
+            return
         at = f" at step {self.progress[changed]['step']:.0f}" if changed in self.progress else ""
         told = [f"{name} {value}" for name, value in zip(self._headings(), self._cells(trial), strict=True) if value]
         error = f": {self.errors[changed]}" if changed in self.errors else ""

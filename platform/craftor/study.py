@@ -90,7 +90,8 @@ class Study:
         """The next trial's values."""
         number = len(self._asked())
         self.optuna.sampler = self._sampler(number)
-        return _tried(self.optuna.trials[self.optuna.ask(self.space).number])
+        asked = self.optuna.ask(self.space).number
+        return _tried(self.optuna.trials[asked])
 
     def report(self, number: int, step: int, score: float) -> None:
         """A trial's score on the way, which the searcher learns from where there is one objective."""

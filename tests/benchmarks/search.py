@@ -1,6 +1,6 @@
 """`make bench-search`: what a search of reward weights and windows costs and finds, and what mixing finds instead.
 
-`recipes/micro_search.toml` as it is: 16 trials on this machine. Then, on the held-out prompts with noise that the search
+`recipes/micro_search.toml` as it is: 16 trials on this machine. Then, on the held-out prompts with noise that it
 never drew, its winner against trial 0 (the recipe's own weights), and against the best mixture of three encoders that
 were tuned on one reward each. Last, some trials again without the shared prefix cache.
 """
@@ -64,7 +64,7 @@ def main() -> None:
     plain = search(without, source, out / "without-cache")
 
     scores = held_out(recipe, found, out / "mix")
-    metric = found.front[0] and recipe.search.objectives[0].metric
+    metric = recipe.search.objectives[0].metric
     gains = {name: paired(scores["base"][metric], scores[name][metric]) for name in scores if name != "base"}
     winner = paired(scores["default"][metric], scores["winner"][metric])
     ratio, seconds = prefix_ratio(found, plain)
