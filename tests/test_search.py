@@ -343,7 +343,8 @@ def test_a_search_goes_on_where_it_was_interrupted(found: Any, tmp_path: Path) -
     where = trial_folder(folder, interrupted)
     shutil.rmtree(where / "checkpoints" / "step-000002")
     (where / EVALUATIONS).unlink()
-    kept = {n: (trial_folder(folder, n) / "metrics.jsonl").stat().st_mtime_ns for n in finished if n != interrupted}
+    ended = [trial.number for trial in found.trials if trial.number != interrupted]
+    kept = {n: (trial_folder(folder, n) / "metrics.jsonl").stat().st_mtime_ns for n in ended}
 
     resumed = resume(folder)
     assert resumed.trials == found.trials

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
+from mlflow.exceptions import MlflowException
 from ray import tune
 
 from craftor import checkpoint, registry, tracking
@@ -151,7 +152,7 @@ def _conclude(shared: Shared, study: Study, children: Children) -> Found:
             best = winners[0].scores
             children.parent.figures({f"search/{metric}": best[metric] for metric in search.metrics})
             children.parent.finish()
-    except (tracking.TrackingUnreachable, tracking.MlflowException) as error:
+    except (tracking.TrackingUnreachable, MlflowException) as error:
         raise tracking.TrackingUnreachable(
             f"{str(error).splitlines()[0]}; nothing is lost. Later: craftor search --resume {shared.folder}"
         ) from None

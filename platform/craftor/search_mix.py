@@ -5,7 +5,6 @@ between them. Each encoder has a weight and a window of denoising steps; the bas
 """
 
 import json
-import time
 import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -169,7 +168,6 @@ def acting(values: dict[str, Any], name: str, num_steps: int) -> range:
 
 def _run(recipe: Recipe, found: list[Ingredient], out: Path) -> Mixed:
     assert recipe.search is not None
-    started = time.monotonic()
     if recipe.search.searcher == "grid":
         raise RecipeError('search.searcher = "grid": weights have no list of values; allowed: tpe, nsga2, random')
     search = Search.model_validate({**recipe.search.model_dump(), "asha": None})
@@ -190,7 +188,7 @@ def _run(recipe: Recipe, found: list[Ingredient], out: Path) -> Mixed:
         }
         table = TrialTable(search, list(space), study.num_trials)
         tuned(
-            tune.with_resources(MixTrial, {name.lower(): amount for name, amount in resources.items()}),
+            tune.with_resources(MixTrial, resources),
             study,
             table,
             out,
@@ -200,12 +198,10 @@ def _run(recipe: Recipe, found: list[Ingredient], out: Path) -> Mixed:
             num_steps=1,
             reuse_actors=True,
         )
-    return _conclude(recipe, found, study, base, out, time.monotonic() - started)
+    return _conclude(recipe, found, study, base, out)
 
 
-def _conclude(
-    recipe: Recipe, found: list[Ingredient], study: Study, base: dict[str, float], out: Path, seconds: float
-) -> Mixed:
+def _conclude(recipe: Recipe, found: list[Ingredient], study: Study, base: dict[str, float], out: Path) -> Mixed:
     """Report, `mixture.json` with the winners' weights and windows, and one run in MLflow."""
     trials = study.trials()
     errors = {trial.number: "see its folder" for trial in trials if trial.state == "failed"}
@@ -216,7 +212,6 @@ def _conclude(
         {
             "chosen_by": reason(study.search),
             "base": base,
-            "seconds": seconds,
             "mixtures": [
                 {"trial": w.number, "scores": w.scores, "encoders": _recipe_of(w, found, recipe)} for w in winners
             ],

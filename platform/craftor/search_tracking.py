@@ -12,7 +12,7 @@ from craftor.recipe import load
 from craftor.run_files import write_json
 from craftor.search_inputs import Shared
 from craftor.study import Study
-from craftor.tracking import Tracker
+from craftor.tracking import Tracker, TrackingUnreachable
 from craftor.tuning import trial_folder
 
 RUN = "run.json"
@@ -29,7 +29,7 @@ class Children:
         """Send a trial that has ended; a search does not end because MLflow is away."""
         try:
             self.send(number)
-        except MlflowException as error:
+        except (MlflowException, TrackingUnreachable) as error:
             self.outage = str(error).splitlines()[0][:200]
 
     def send(self, number: int) -> None:

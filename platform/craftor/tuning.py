@@ -56,6 +56,7 @@ def tuned(
                 num_samples=study.num_trials - len(ended),
                 max_concurrent_trials=concurrent,
                 reuse_actors=reuse_actors,
+                trial_dirname_creator=lambda trial: f"{trial.config['number']:03d}",
             ),
             run_config=tune.RunConfig(
                 name="tune",
@@ -112,6 +113,8 @@ class Asking(Searcher):
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         number, step = self.numbers[trial_id], int(result["step"])
+        if self.seen.get(number, {}).get("step") == step:
+            return  # the last evaluation is told again by the trial's own function, lest it be lost
         self.seen[number] = {"step": step, **{name: result[name] for name in self.base if name in result}}
         self.study.report(number, step, result[SCORE])
 
@@ -126,6 +129,9 @@ class Asking(Searcher):
         else:
             self.study.finish(number, scores, self.base)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune keeps pickles of what it is given; a search goes on from its study
+
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: the study is on disk."""
 
@@ -138,6 +144,9 @@ class Watching(tune.Callback):
 
     def __init__(self, study: Study, table: TrialTable, folder: Path, on_end: Callable[[int], None]) -> None:
         self.study, self.table, self.folder, self.on_end = study, table, folder, on_end
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # see `Asking`
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._show(trial)
