@@ -22,9 +22,10 @@ from craftor.prefix import PrefixActor
 from craftor.probe import EVALUATIONS
 from craftor.recipe import Recipe, RecipeError, load
 from craftor.search_inputs import check
-from craftor.search_settings import Distribution, Search
+from craftor.search_settings import MEASURED, Distribution, Search
 from craftor.study import Study, Tried
 from craftor.tuning import message, scheduler, trial_folder
+from craftor.verdict import ATTRIBUTES
 
 PROMPTS = ("a green star", "a small green ring", "a yellow star", "a large yellow ring")
 KEEP_DIVERSITY = {"metric": "diversity", "at_least": 0.5, "relative_to_base": True}
@@ -396,3 +397,7 @@ def test_the_shipped_search_is_disjoint_from_what_it_is_measured_on() -> None:
     recipe = load(source)
     check(recipe, source)
     assert isinstance(recipe, Recipe) and len(recipe.search_space) == 4
+
+
+def test_what_is_measured_is_what_there_is() -> None:
+    assert set(MEASURED) == {"quality", "accuracy", "diversity", *ATTRIBUTES}

@@ -97,7 +97,7 @@ def parallel(columns: Sequence[Column], scores: np.ndarray, winners: Sequence[in
         axes.set_xticks(range(len(columns)), [column.name for column in columns], rotation=12)
         axes.set_yticks([])
         axes.spines[:].set_visible(False)
-        axes.set_xlim(-0.15, len(columns) - 0.6)
+        axes.set_xlim(-0.4, len(columns) - 0.5)
         return _png(figure)
 
 

@@ -1,5 +1,6 @@
 """A search's trials -> `report.html`, one self-contained page, and its three plots as PNG files."""
 
+import io
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import optuna
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
 
 from craftor import search_figures
 from craftor.figures import DARK, LIGHT
@@ -37,8 +39,8 @@ def write_search_report(
     pages = [folder / "report.html"]
     for name, png in drawn["light"].items():
         pages.append(folder / f"{name}.png")
-        # Transparent on the page; a file may be shown on anything.
-        pages[-1].write_bytes(png)
+        with Image.open(io.BytesIO(png)) as image:  # transparent for the page; a file may be shown on anything
+            Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).save(pages[-1])
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
