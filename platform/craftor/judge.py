@@ -86,8 +86,8 @@ class Judge:
         self.clip = next(reward for reward in self.rewards.values() if isinstance(reward, ClipScore))
         rows = search_prompts(self.search)
         self.prompts = [row["prompt"] for row in rows]
-        claims = [row.get("description") for row in rows]
-        self.claims = [Description.from_json(claim) for claim in claims] if all(claims) else None
+        described = all(row.get("description") for row in rows)
+        self.claims = [Description.from_json(row["description"]) for row in rows] if described else None
         self.referee = Referee.load(locate("micro:referee")).to(diffuser.device) if self.claims else None
         self.base = self.embed(diffuser.encoders)
         self.states: dict[str, Tensor] = load_file(folder / STATES) if folder else {}

@@ -87,7 +87,7 @@ def _run(recipe: Recipe, out: Path, connected: Any) -> Found:
         children = Children(connected, parent, study, shared)
         table = TrialTable(recipe.search, list(space), study.num_trials)
         tuned(
-            tune.with_resources(run_trial, {"cpu": 0}),  # it waits for its Ray Train run, whose workers compute
+            tune.with_resources(run_trial, {"CPU": 0.01}),  # it waits for its Ray Train run, whose workers compute
             study,
             table,
             out,

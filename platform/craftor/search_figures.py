@@ -39,14 +39,15 @@ def pareto(points: Sequence[Point], base: tuple[float, float] | None, labels: tu
     """Measures against each other; the front is joined, `base` is a cross."""
     with matplotlib.rc_context(style(theme)):
         figure, axes = _figure(6.4, 4.0)
-        for kind, marker in {
-            "stopped": {"marker": "o", "s": 16, "color": theme.line},
-            "breaks": {"marker": "o", "s": 30, "facecolors": "none", "edgecolors": theme.muted},
-            "eligible": {"marker": "o", "s": 30, "color": theme.accent},
-        }.items():
+        for kind, label, face, edge in (
+            ("stopped", "stopped early", theme.line, theme.line),
+            ("breaks", "breaks a constraint", "none", theme.muted),
+            ("eligible", "finished", theme.accent, theme.accent),
+        ):
             chosen = [point for point in points if point.kind == kind]
             if chosen:
-                axes.scatter([p.x for p in chosen], [p.y for p in chosen], label=_KINDS[kind], zorder=3, **marker)
+                x, y = [point.x for point in chosen], [point.y for point in chosen]
+                axes.scatter(x, y, s=28, facecolors=face, edgecolors=edge, label=label, zorder=3)
         front = sorted((p for p in points if p.on_front), key=lambda p: p.x)
         axes.plot([p.x for p in front], [p.y for p in front], color=theme.accent, linewidth=1, zorder=2)
         for point in front:
@@ -99,9 +100,6 @@ def parallel(columns: Sequence[Column], scores: np.ndarray, winners: Sequence[in
         axes.spines[:].set_visible(False)
         axes.set_xlim(-0.4, len(columns) - 0.5)
         return _png(figure)
-
-
-_KINDS = {"stopped": "stopped early", "breaks": "breaks a constraint", "eligible": "finished"}
 
 
 def _unit(values: np.ndarray) -> np.ndarray:

@@ -2,13 +2,14 @@
 
 import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from optuna.trial import FrozenTrial
 from PIL import Image
 
 from craftor import search_figures
@@ -82,10 +83,14 @@ def importances(study: Study) -> dict[str, dict[str, float]]:
             shares = optuna.importance.get_param_importances(
                 study.optuna,
                 evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0),
-                target=lambda trial, index=index: trial.values[index],
+                target=_value(index),
             )
         found[objective.metric] = {short(key): share for key, share in shares.items()}
     return found
+
+
+def _value(index: int) -> Callable[[FrozenTrial], float]:
+    return lambda trial: trial.values[index]
 
 
 def _plots(

@@ -147,7 +147,8 @@ class Search(Section):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(entry.metric for entry in (*self.objectives, *self.constraints)))
+        named = [*(o.metric for o in self.objectives), *(c.metric for c in self.constraints)]
+        return tuple(dict.fromkeys(named))
 
     @model_validator(mode="after")
     def _consistent(self) -> "Search":
