@@ -62,11 +62,16 @@ def fill(recipe: Recipe, rows: Prepared, made_from: dict[str, Any], url: str, nu
 
 
 def fill_several(
-    recipe: Recipe, rows: Prepared, made_from: dict[str, Any], urls: Mapping[int, str], num_actors: int
+    recipe: Recipe,
+    rows: Prepared,
+    made_from: dict[str, Any],
+    urls: Mapping[int, str],
+    num_actors: int,
+    samples_per_part: int = SAMPLES_PER_PART,
 ) -> int:
     """The same for caches that reach different denoising steps, all in one pass over the samples."""
     assert isinstance(recipe.task, RewardTuning)
-    steps_per_part = max(1, SAMPLES_PER_PART // recipe.run.batch_size)
+    steps_per_part = max(1, samples_per_part // recipe.run.batch_size)
     for stop, url in urls.items():
         _write_manifest(recipe, made_from, url, stop, steps_per_part)
     parts = range(-(-recipe.run.num_steps // steps_per_part))

@@ -17,7 +17,7 @@ from craftor.diffuser import load as load_diffuser
 from craftor.explain import explain
 from craftor.judge import BASE, judge_base, search_prompts
 from craftor.locate import locate
-from craftor.prefix_cache import fill_several, key
+from craftor.prefix_cache import SAMPLES_PER_PART, fill_several, key
 from craftor.prompts import Prepared
 from craftor.recipe import Data, Recipe, RecipeError, RewardTuning
 from craftor.run_files import write_json
@@ -95,7 +95,10 @@ def prepare(recipe: Recipe, folder: Path) -> Shared:
     if caches:
         longest = recipe.with_values({"run.num_steps": most_steps(recipe)})
         made_from = key(recipe, diffuser, prepared.digest)
-        num_cached = fill_several(longest, prepared, made_from, caches, max(concurrent - 1, 1))
+        # Short caches are cut for all actors to have a part in them.
+        share = -(-longest.run.num_steps // concurrent) * longest.run.batch_size
+        parts = min(SAMPLES_PER_PART, share)
+        num_cached = fill_several(longest, prepared, made_from, caches, concurrent, parts)
     filled = time.monotonic() - started
     ray.get(base)
     return Shared(recipe, folder, prepared, caches, num_cached, filled)

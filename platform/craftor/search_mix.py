@@ -32,7 +32,7 @@ from craftor.recipe import Recipe, RecipeError, RewardTuning, load
 from craftor.run_files import write_json
 from craftor.search_inputs import check
 from craftor.search_report import write_search_report
-from craftor.search_settings import Distribution, Search, Value
+from craftor.search_settings import Distribution, Value
 from craftor.search_table import TrialTable
 from craftor.study import Study, Tried
 from craftor.tuning import tuned
@@ -170,7 +170,9 @@ def _run(recipe: Recipe, found: list[Ingredient], out: Path) -> Mixed:
     assert recipe.search is not None
     if recipe.search.searcher == "grid":
         raise RecipeError('search.searcher = "grid": weights have no list of values; allowed: tpe, nsga2, random')
-    search = Search.model_validate({**recipe.search.model_dump(), "asha": None})
+    judged = recipe.search.mix.num_prompts or recipe.search.num_prompts
+    search = recipe.search.model_copy(update={"asha": None, "num_prompts": judged})
+    recipe = recipe.model_copy(update={"search": search})
     judge, resources = out / "judge", search.resources or {"CPU": 1, "GPU": int(recipe.workers.gpu)}
     with ray_session(search.concurrent):
         begin = ray.remote(num_cpus=1, num_gpus=int(recipe.workers.gpu))(judge_base)

@@ -117,6 +117,8 @@ class Mix(Section):
 
     num_trials: int = Field(200, ge=1)
     max_weight: float = Field(1.0, gt=0)
+    num_prompts: int | None = Field(None, ge=2)
+    """Of the search's prompts, for each mixture; by default all."""
     earliest: int = Field(0, ge=0)
     """The first denoising step in which a tuned encoder may act."""
 
@@ -156,10 +158,10 @@ class Search(Section):
             raise ValueError(f'searcher = "grid": {open_ended[0]} has no list of values; give it choices')
         if "diversity" in self.metrics and self.num_seeds < 2:
             raise ValueError("diversity is measured between the images of one prompt: num_seeds = 2 or more")
-        if self.asha is not None and self.asha.num_prompts > self.num_prompts:
-            raise ValueError(
-                f"asha.num_prompts = {self.asha.num_prompts} is more than num_prompts = {self.num_prompts}"
-            )
+        for name, part in (("asha", self.asha), ("mix", self.mix)):
+            asked = part.num_prompts if part is not None else None
+            if asked is not None and asked > self.num_prompts:
+                raise ValueError(f"{name}.num_prompts = {asked} is more than num_prompts = {self.num_prompts}")
         return self
 
 

@@ -39,6 +39,7 @@ QUICK: dict[str, Any] = {
     **{"run.num_steps": 3, "run.batch_size": 4, "search.num_trials": 3, "search.num_prompts": 4},
     **{"search.asha": {"every": 1, "num_prompts": 2}, "search.mix.num_trials": 6, "evaluation.num_prompts": 6},
     "search.constraints": [{"metric": "diversity", "at_least": 0.1, "relative_to_base": True}],
+    "search.mix.num_prompts": 4,
 }
 
 
