@@ -4,6 +4,7 @@ Ray's own `OptunaSearch` keeps its study as a pickle of some seconds ago and can
 Optuna itself, whose storage knows every trial the moment it begins.
 """
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,6 +42,8 @@ def tuned(
     `prepare` gives the trainable's config, its `num_steps` among it; `num_steps` is the most that any trial has;
     `on_end` hears of each trial that ends.
     """
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # else an interrupted search would be concluded
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     # Tune's own account of the last session; ours is the study.
     shutil.rmtree(folder / "ray", ignore_errors=True)
     ended = [trial for trial in study.trials() if trial.state != "running"]
