@@ -44,6 +44,7 @@ def tuned(
     """
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # else an interrupted search would be concluded
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # which is silent at verbosity 0, as the new output is not
     # Tune's own account of the last session; ours is the study.
     shutil.rmtree(folder / "ray", ignore_errors=True)
     ended = [trial for trial in study.trials() if trial.state != "running"]
@@ -115,6 +116,7 @@ class Asking(Searcher):
         return {"number": trial.number, **config}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Not called with the result at which the scheduler stops a trial: that comes with `on_trial_complete`."""
         number, step = self.numbers[trial_id], int(result["step"])
         if self.seen.get(number, {}).get("step") == step:
             return  # the last evaluation is told again by the trial's own function, lest it be lost
@@ -123,6 +125,8 @@ class Asking(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         number = self.numbers[trial_id]
+        if result and SCORE in result:
+            self.on_trial_result(trial_id, result)
         scores = dict(self.seen.get(number, {}))
         step = scores.pop("step", 0)
         if error or not scores:
