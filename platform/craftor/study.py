@@ -105,15 +105,20 @@ class Study:
         for constraint in self.search.constraints:
             violation = constraint.violation(scores[constraint.metric], base[constraint.metric])
             trial.set_constraint(constraint.name, violation)
-        self.optuna.tell(number, [scores[objective.metric] for objective in self.search.objectives])
+        self._tell(number, TrialState.COMPLETE, [scores[objective.metric] for objective in self.search.objectives])
 
     def stop(self, number: int, scores: Mapping[str, float]) -> None:
         """The scheduler has stopped a trial."""
         self._trial(number).set_user_attr("scores", dict(scores))
-        self.optuna.tell(number, state=TrialState.PRUNED)
+        self._tell(number, TrialState.PRUNED)
 
     def fail(self, number: int) -> None:
-        self.optuna.tell(number, state=TrialState.FAIL)
+        self._tell(number, TrialState.FAIL)
+
+    def _tell(self, number: int, state: TrialState, values: Sequence[float] | None = None) -> None:
+        # A sampler for the next trial is made by `ask`; a grid's would stop a loop that we do not run.
+        self.optuna.sampler = RandomSampler()
+        self.optuna.tell(number, values, state)
 
     def logarithmic(self, key: str) -> bool:
         """Whether a key is drawn by its logarithm."""
