@@ -171,7 +171,7 @@ def test_a_bound_may_be_a_factor_of_the_base() -> None:
     assert limit.violation(0.7, 0.0) == pytest.approx(0.2)
 
 
-@pytest.mark.parametrize("searcher", ["tpe", "random", "nsga2"])
+@pytest.mark.parametrize("searcher", ["tpe", "nsga2"])
 def test_a_study_opened_again_asks_for_what_it_would_have_asked_for(tmp_path: Path, searcher: str) -> None:
     """Quality grows with x as diversity falls, to its bound at a half: the searcher is to look below it."""
     search = settings(searcher=searcher, constraints=[KEEP_DIVERSITY], num_trials=16)
