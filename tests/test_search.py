@@ -343,7 +343,7 @@ def test_a_search_goes_on_where_it_was_interrupted(found: Any, tmp_path: Path) -
         study.finish(trial.number, before.scores, base) if before.scores else study.fail(trial.number)
     where = trial_folder(folder, interrupted)
     shutil.rmtree(where / "checkpoints" / "step-000002")
-    (where / EVALUATIONS).unlink()
+    (where / EVALUATIONS).write_text('{"step": 2, "sco')  # torn
     ended = [trial.number for trial in found.trials if trial.number != interrupted]
     kept = {n: (trial_folder(folder, n) / "metrics.jsonl").stat().st_mtime_ns for n in ended}
 

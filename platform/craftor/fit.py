@@ -158,6 +158,8 @@ def _steps(config: dict[str, Any]) -> None:
     may_end = any(rule.action != "warn" for rule in rules)
     probe = Probe(config["probe"], recipe, task, run_dir, step, rank) if config["probe"] else None
     shares = open_stream(recipe, config, rank, world_size, step)
+    if probe is not None and probe.missed:
+        report_scores(probe, step, task, average)
     started = time.perf_counter()
     while step < recipe.run.num_steps:
         rows = next(shares)
@@ -204,9 +206,7 @@ def _steps(config: dict[str, Any]) -> None:
         if may_end and agreed(ends, world_size):
             return
         if probe is not None and probe.due(step):
-            with averaged(task.module, average):
-                figures = probe.judged(step)
-            ray.train.report(figures)
+            report_scores(probe, step, task, average)
 
 
 def open_stream(
@@ -273,6 +273,13 @@ def save(
             "task": task.state(),
         },
     )
+
+
+def report_scores(probe: Probe, step: int, task: Task, average: dict[str, Tensor] | None) -> None:
+    """Judge what a checkpoint of this step would hold, and tell whoever listens to Ray Train."""
+    with averaged(task.module, average):
+        figures = probe.judged(step)
+    ray.train.report(figures)
 
 
 @contextmanager

@@ -22,12 +22,16 @@ class Probe:
         self.search, self.num_steps = Search.model_validate(settings["recipe"]["search"]), recipe.run.num_steps
         assert isinstance(task, RewardTuningTask)
         self.path, self.task = run_dir / EVALUATIONS, task
+        lines = read(run_dir)
+        self.missed = step > 0 and self.due(step) and all(line["step"] != step for line in lines)
+        """Whether an interruption came between a checkpoint and its evaluation."""
         self.judge: Judge | None = None
         if rank == 0:
             common = Recipe.model_validate(settings["recipe"])
             self.judge = Judge(common, task.diffuser, Path(settings["folder"]), _same(task, recipe, common))
-            kept = [line for line in read(run_dir) if line["step"] <= step]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            temporary = self.path.with_suffix(".writing")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
+            temporary.rename(self.path)
 
     def due(self, step: int) -> bool:
         return step == self.num_steps or (self.search.asha is not None and step % self.search.asha.every == 0)
