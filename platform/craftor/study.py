@@ -95,7 +95,8 @@ class Study:
 
     def report(self, number: int, step: int, score: float) -> None:
         """A trial's score on the way, which the searcher learns from where there is one objective."""
-        if len(self.search.objectives) == 1:
+        known = self.optuna.trials[number].intermediate_values  # an interrupted trial tells again
+        if len(self.search.objectives) == 1 and step not in known:
             self._trial(number).report(self.search.objectives[0].sign * score, step)
 
     def finish(self, number: int, scores: Mapping[str, float], base: Mapping[str, float]) -> None:
