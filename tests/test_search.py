@@ -283,7 +283,7 @@ def found(tiny: Path, tmp_path_factory: pytest.TempPathFactory, cluster: None) -
 
     folder = tmp_path_factory.mktemp("search")
     path = write_search_recipe(tiny, folder)
-    failing = {"choices": [1e-3, 1e38]}
+    failing = {"choices": [1e-3, 1e30]}
     overrides = {"run.num_steps": 2, "run.checkpoint_every": 1, "search.space": {"optimizer.lr": failing}}
     overrides["search.space"]["window.last"] = {"choices": [1, 2]}
     overrides |= {"search.searcher": "grid", "search.num_trials": 3}
