@@ -61,10 +61,12 @@ def main() -> None:
     _, mix_seconds = timed(lambda: search_mix(recipe, source, sources, out / "mix"))
     uncached = {**overrides, "search.share_prefix": False, "search.num_trials": min(UNCACHED, len(found.trials))}
     without = load(source, uncached)
-    without = without.model_copy(update={"search": without.search.model_copy(update={"asha": None})})
+    # All to their end, winner or not: the first is also the recipe's own weights, fully trained.
+    to_the_end = without.search.model_copy(update={"asha": None, "constraints": ()})
+    without = without.model_copy(update={"search": to_the_end})
     plain = search(without, source, out / "without-cache")
 
-    scores = held_out(recipe, found, out / "mix")
+    scores = held_out(recipe, found, plain, out / "mix")
     metric = recipe.search.objectives[0].metric
     gains = {name: paired(scores["base"][metric], scores[name][metric]) for name in scores if name != "base"}
     winner = paired(scores["default"][metric], scores["winner"][metric])
@@ -123,7 +125,7 @@ def specialist(source: Path, overrides: Mapping[str, Any], name: str, out: Path)
     return run
 
 
-def held_out(recipe: Recipe, found: Found, mix: Path) -> dict[str, Scores]:
+def held_out(recipe: Recipe, found: Found, plain: Found, mix: Path) -> dict[str, Scores]:
     """Base, trial 0, the winner and the best mixture on the evaluation's prompts, all from the same fresh noise."""
     assert recipe.evaluation is not None and recipe.search is not None and isinstance(recipe.task, RewardTuning)
     judged_by = {"prompts": recipe.evaluation.prompts, "num_prompts": recipe.evaluation.num_prompts}
@@ -138,16 +140,16 @@ def held_out(recipe: Recipe, found: Found, mix: Path) -> dict[str, Scores]:
         encoders = {**diffuser.encoders, **trainable.load(diffuser, Path(folder))}
         return Member(judge.embed(encoders), weight, range(*steps))
 
-    def trial(number: int) -> list[Member]:
-        folder = trial_folder(found.folder, number)
+    def trial(search: Found, number: int) -> list[Member]:
+        folder = trial_folder(search.folder, number)
         last, acts = checkpoint.latest(folder), load(folder / "recipe.toml").task.acts()
         return [member(last, 1.0, (acts.start, acts.stop))]
 
     best = json.loads((mix / MIXTURE).read_text())["mixtures"][0]["encoders"]
     variants = {
         "base": [],
-        "default": trial(0),
-        "winner": trial(found.front[0].number),
+        "default": trial(plain, 0),
+        "winner": trial(found, found.front[0].number),
         "mixture": [member(encoder["folder"], encoder["weight"], encoder["steps"]) for encoder in best],
     }
     return {name: judge.scores(members) for name, members in variants.items()}
