@@ -140,8 +140,8 @@ def held_out(recipe: Recipe, found: Found, plain: Found, mix: Path) -> dict[str,
         encoders = {**diffuser.encoders, **trainable.load(diffuser, Path(folder))}
         return Member(judge.embed(encoders), weight, range(*steps))
 
-    def trial(search: Found, number: int) -> list[Member]:
-        folder = trial_folder(search.folder, number)
+    def trial(run: Found, number: int) -> list[Member]:
+        folder = trial_folder(run.folder, number)
         last, acts = checkpoint.latest(folder), load(folder / "recipe.toml").task.acts()
         return [member(last, 1.0, (acts.start, acts.stop))]
 
