@@ -4,7 +4,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # One arithmetic thread per process: workers set their own, and results are reproducible bit for bit.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install dev quickstart check format test bench-train bench-rewards clean
+.PHONY: install dev quickstart check format test bench-train bench-rewards bench-search clean
 
 install: .venv/.installed
 dev: .venv/.dev
@@ -43,6 +43,9 @@ bench-train: .venv/.dev
 bench-rewards: .venv/.dev
 	PYTHONPATH=tests $(BIN)/python -W ignore -m benchmarks.rewards
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.markdown rewards
+
+bench-search: .venv/.dev
+	PYTHONPATH=tests $(BIN)/python -W ignore -m benchmarks.search
 
 clean:
 	rm -rf .venv runs dist

@@ -54,7 +54,7 @@ class Pair:
 
 def curve(steps: np.ndarray, values: np.ndarray, theme: Theme) -> bytes:
     """One training curve as a transparent PNG; the title belongs to the page, where it stays text."""
-    with matplotlib.rc_context(_style(theme)):
+    with matplotlib.rc_context(style(theme)):
         figure = Figure(figsize=(3.4, 1.7), dpi=200, layout="constrained")
         _draw_curve(figure.add_subplot(), steps, values, theme)
         buffer = io.BytesIO()
@@ -74,7 +74,7 @@ def poster(
 ) -> None:
     """The best of a run in one picture: pairs above, then effects, the curve and the interpolation that there are."""
     theme = LIGHT
-    with matplotlib.rc_context(_style(theme)):
+    with matplotlib.rc_context(style(theme)):
         figure = Figure(figsize=(POSTER_SIZE[0] / 100, POSTER_SIZE[1] / 100), dpi=100, facecolor="white")
         _text(figure, _MARGIN, 44, title, size=21, color=theme.ink, weight="bold")
         _text(figure, _MARGIN, 86, textwrap.fill(verdict, 150), size=11, color=theme.muted, linespacing=1.5)
@@ -108,7 +108,7 @@ def limits(values: np.ndarray) -> tuple[float, float]:
     return float(middle - half), float(middle + half)
 
 
-def _style(theme: Theme) -> dict:
+def style(theme: Theme) -> dict:
     return {
         "font.family": "DejaVu Sans",
         "font.size": 9,

@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from craftor import checkpoint, reward_actors, stage, stream, watch
 from craftor.pictures import save_sheet
+from craftor.probe import Probe
 from craftor.recipe import Optimizer, Recipe, Reward, RewardTuning, Tuning
 from craftor.reward_actors import RewardFailed
 from craftor.run_files import FAILURE, METRICS, MetricsLog, report_failure, report_gradient, write_json
@@ -35,8 +37,11 @@ class TrainingStopped(RuntimeError):
     """A number that is not finite, a reward that failed, or a guard; the message says which, checkpoints stand."""
 
 
-def fit(recipe: Recipe, run_dir: Path, rows: Path | str, num_rows: int) -> Path:
+def fit(recipe: Recipe, run_dir: Path, rows: Path | str, num_rows: int, trial: dict[str, Any] | None = None) -> Path:
     """Train until `run.num_steps`, from the run's last checkpoint if it has one; returns the final checkpoint.
+
+    `trial` is what a search's trial has beside its recipe: `probe`, what `Probe` takes; `resources` of each worker; and
+    `callbacks`, by which Ray Tune hears of evaluations.
 
     Raises TrainingStopped when a sample's loss is not finite, when a reward's actors fail, or by a rule of `[guards]`:
     at once where that has happened before.
@@ -45,7 +50,7 @@ def fit(recipe: Recipe, run_dir: Path, rows: Path | str, num_rows: int) -> Path:
     if watch.ended(run_dir) is None:
         try:
             with reward_actors.running(_rewards(recipe)) as scope:
-                _train(recipe, run_dir, rows, num_rows, scope)
+                _train(recipe, run_dir, rows, num_rows, scope, trial or {})
         except RewardFailed as error:
             raise TrainingStopped(str(error)) from None
     if (run_dir / FAILURE).exists():
@@ -58,7 +63,9 @@ def _rewards(recipe: Recipe) -> dict[str, Reward]:
     return {name: reward for name, reward in rewards.items() if reward.in_training}
 
 
-def _train(recipe: Recipe, run_dir: Path, rows: Path | str, num_rows: int, reward_scope: str) -> None:
+def _train(
+    recipe: Recipe, run_dir: Path, rows: Path | str, num_rows: int, reward_scope: str, trial: dict[str, Any]
+) -> None:
     """The workers' loop, again from the last checkpoint where a worker dies."""
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
@@ -71,13 +78,19 @@ def _train(recipe: Recipe, run_dir: Path, rows: Path | str, num_rows: int, rewar
             "rows": str(rows.resolve()) if isinstance(rows, Path) else rows,
             "num_rows": num_rows,
             "reward_scope": reward_scope,
+            "probe": trial.get("probe"),
         },
-        scaling_config=ScalingConfig(num_workers=recipe.workers.num, use_gpu=recipe.workers.gpu),
+        scaling_config=ScalingConfig(
+            num_workers=recipe.workers.num, use_gpu=recipe.workers.gpu, resources_per_worker=trial.get("resources")
+        ),
         datasets={"rows": stream.read(rows)},
         # Every worker sees the whole ordered stream and takes its slots: see `stream`.
         dataset_config=DataConfig(datasets_to_split=[], execution_options=context.execution_options),
         run_config=RunConfig(
-            name="ray", storage_path=str((run_dir / "ray").resolve()), failure_config=FailureConfig(max_failures=3)
+            name="ray",
+            storage_path=str((run_dir / "ray").resolve()),
+            failure_config=FailureConfig(max_failures=3),
+            callbacks=trial.get("callbacks"),
         ),
     ).fit()
 
@@ -145,7 +158,10 @@ def _steps(config: dict[str, Any]) -> None:
     rules = recipe.guards.rules if isinstance(recipe.task, Tuning) else ()
     guard = watch.Watch(rules, run_dir, run_dir / METRICS, step) if rank == 0 else None
     may_end = any(rule.action != "warn" for rule in rules)
+    probe = Probe(config["probe"], recipe, task, run_dir, step, rank) if config["probe"] else None
     shares = open_stream(recipe, config, rank, world_size, step)
+    if probe is not None and probe.missed:
+        report_scores(probe, step, task, average)
     started = time.perf_counter()
     while step < recipe.run.num_steps:
         rows = next(shares)
@@ -191,6 +207,8 @@ def _steps(config: dict[str, Any]) -> None:
                 save(recipe, run_dir, step, task, optimizer, average)
         if may_end and agreed(ends, world_size, device):
             return
+        if probe is not None and probe.due(step):
+            report_scores(probe, step, task, average)
 
 
 def open_stream(
@@ -241,10 +259,8 @@ def save(
         save_sheet(images, run_dir / "samples" / f"step-{step:06d}.png")
 
     def save_module(folder: Path) -> None:
-        current = {name: p.detach().clone() for name, p in checkpoint.trained(task.module).items()}
-        task.module.load_state_dict(average or current, strict=False)
-        task.save(folder)
-        task.module.load_state_dict(current, strict=False)
+        with averaged(task.module, average):
+            task.save(folder)
 
     checkpoint.save(
         run_dir,
@@ -259,6 +275,24 @@ def save(
             "task": task.state(),
         },
     )
+
+
+def report_scores(probe: Probe, step: int, task: Task, average: dict[str, Tensor] | None) -> None:
+    """Judge what a checkpoint of this step would hold, and tell whoever listens to Ray Train."""
+    with averaged(task.module, average):
+        figures = probe.judged(step)
+    ray.train.report(figures)
+
+
+@contextmanager
+def averaged(module: nn.Module, average: dict[str, Tensor] | None) -> Iterator[None]:
+    """The averaged weights for the time of the block, where an average is kept."""
+    current = {name: p.detach().clone() for name, p in checkpoint.trained(module).items()}
+    module.load_state_dict(average or current, strict=False)
+    try:
+        yield
+    finally:
+        module.load_state_dict(current, strict=False)
 
 
 def gather(metrics: dict[str, Tensor], world_size: int) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ def prepare(recipe: Recipe, run_dir: Path) -> Prepared:
         return prompts.describe(Path(recipe.data.path))
     diffuser = load_diffuser(recipe.model)
     try:
-        return _with_prefix(recipe, diffuser, _rows(recipe, diffuser, run_dir))
+        return _with_prefix(recipe, diffuser, rows_of(recipe, diffuser, run_dir))
     except ValueError as error:
         raise RecipeError(f"{run_dir / 'recipe.toml'}: {error}") from None
 
@@ -50,14 +50,14 @@ def fill_prefix_cache(recipe: Recipe, source: Path, url: str, num_actors: int) -
     with tempfile.TemporaryDirectory() as folder, ray_session(num_actors):
         diffuser = load_diffuser(recipe.model)
         try:
-            prepared = _rows(recipe, diffuser, Path(folder))
+            prepared = rows_of(recipe, diffuser, Path(folder))
             made_from = prefix_cache.key(recipe, diffuser, prepared.digest)
             return prefix_cache.fill(recipe, prepared, made_from, url, num_actors)
         except ValueError as error:
             raise RecipeError(f"{source}: {error}") from None
 
 
-def _rows(recipe: Recipe, diffuser: Diffuser, folder: Path) -> Prepared:
+def rows_of(recipe: Recipe, diffuser: Diffuser, folder: Path) -> Prepared:
     """Prompts as numbered, tokenized rows; tokenizers are saved first: a hub id has no folder an actor could read."""
     tokenizers = {}
     for name, tokenizer in diffuser.tokenizers.items():

@@ -33,6 +33,7 @@ def absolute(recipe: Recipe) -> Recipe:
         return str(Path(path).resolve()) if Path(path).exists() else path
 
     task, evaluation, encoder = recipe.task, recipe.evaluation, recipe.model.text_encoder
+    search = recipe.search
     if isinstance(task, RewardTuning | DirectTuning):
         rewards = {name: r.model_copy(update={"weights": fix(r.weights)}) for name, r in task.rewards.items()}
         task = task.model_copy(update={"rewards": rewards})
@@ -41,6 +42,8 @@ def absolute(recipe: Recipe) -> Recipe:
         task = task.model_copy(update={"prefix": prefix})
     if evaluation is not None:
         evaluation = evaluation.model_copy(update={"prompts": fix(evaluation.prompts)})
+    if search is not None:
+        search = search.model_copy(update={"prompts": fix(search.prompts)})
     return recipe.model_copy(
         update={
             "model": recipe.model.model_copy(
@@ -49,5 +52,6 @@ def absolute(recipe: Recipe) -> Recipe:
             "data": recipe.data.model_copy(update={"path": fix(recipe.data.path)}),
             "task": task,
             "evaluation": evaluation,
+            "search": search,
         }
     )

@@ -4,6 +4,7 @@ The prefix depends on the original encoder, the UNet, the prompt, the sample's n
 on nothing that trains: it is data. All three ways compute batches of one worker's share, so they agree bit for bit.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -53,13 +54,21 @@ class PrefixActor:
         with torch.no_grad():
             self.null = self.diffuser.null()
 
-    @torch.no_grad()
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return self.passing(batch, [self.stop])[self.stop]
+
+    @torch.no_grad()
+    def passing(self, batch: dict[str, np.ndarray], stops: Sequence[int]) -> dict[int, dict[str, np.ndarray]]:
+        """The rows with their prefix up to each of several steps, in one rollout."""
         rows = Rows([int(position) for position in batch["position"]], batch)
         condition = embed(self.diffuser.encoders, rows.ids(self.diffuser.device))
         prompt = Prompt(condition, self.null)
-        state = compute(self.guided, rows, prompt, self.recipe.seed, self.diffuser.latent_shape, self.stop)
-        columns = {LATENTS: state.latents}
-        if state.x0 is not None and any(step.old for step in self.guided.schedule):
-            columns[X0] = state.x0
-        return {**batch, **{name: tensor.flatten(1).cpu().numpy() for name, tensor in columns.items()}}
+        state = compute(self.guided, rows, prompt, self.recipe.seed, self.diffuser.latent_shape, min(stops))
+        found, here = {}, min(stops)
+        for stop in sorted(stops):
+            state, here = sample(self.guided, state, prompt, range(here, stop)), stop
+            columns = {LATENTS: state.latents}
+            if state.x0 is not None and any(step.old for step in self.guided.schedule):
+                columns[X0] = state.x0
+            found[stop] = {**batch, **{name: tensor.flatten(1).cpu().numpy() for name, tensor in columns.items()}}
+        return found

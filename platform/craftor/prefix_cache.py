@@ -7,7 +7,7 @@ so filling goes on where it was interrupted.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import fsspec
@@ -57,19 +57,25 @@ def fill(recipe: Recipe, rows: Prepared, made_from: dict[str, Any], url: str, nu
     Raises ValueError where `url` holds prefixes made from something else.
     """
     assert isinstance(recipe.task, RewardTuning)
-    filesystem, folder = fsspec.core.url_to_fs(url)
-    filesystem.makedirs(folder, exist_ok=True)
-    steps_per_part = max(1, SAMPLES_PER_PART // recipe.run.batch_size)
     stop = recipe.task.window.span(recipe.task.rollout.num_steps).start
-    manifest = {"key": made_from, "stop": stop, "steps_per_part": steps_per_part, "batch_size": recipe.run.batch_size}
-    if filesystem.exists(f"{folder}/{MANIFEST}"):
-        found = read_manifest(url)
-        if {**found, "num_steps": 0} != {**manifest, "num_steps": 0}:
-            raise ValueError(f"{url}: holds prefixes made from something else: {differences(found, manifest)}")
-    with filesystem.open(f"{folder}/{MANIFEST}", "w") as file:
-        json.dump({**manifest, "num_steps": recipe.run.num_steps}, file, indent=2)
+    return fill_several(recipe, rows, made_from, {stop: url}, num_actors)
+
+
+def fill_several(
+    recipe: Recipe,
+    rows: Prepared,
+    made_from: dict[str, Any],
+    urls: Mapping[int, str],
+    num_actors: int,
+    samples_per_part: int = SAMPLES_PER_PART,
+) -> int:
+    """The same for caches that reach different denoising steps, all in one pass over the samples."""
+    assert isinstance(recipe.task, RewardTuning)
+    steps_per_part = max(1, samples_per_part // recipe.run.batch_size)
+    for stop, url in urls.items():
+        _write_manifest(recipe, made_from, url, stop, steps_per_part)
     parts = range(-(-recipe.run.num_steps // steps_per_part))
-    missing = [part for part in parts if not filesystem.exists(f"{folder}/{part_name(part)}")]
+    missing = [part for part in parts if not all(_has_part(url, part) for url in urls.values())]
     if missing:
         done = (
             ray.data.from_items([{"part": part} for part in missing], override_num_blocks=len(missing))
@@ -79,7 +85,7 @@ def fill(recipe: Recipe, rows: Prepared, made_from: dict[str, Any], url: str, nu
                     recipe.model_dump(by_alias=True),
                     str(rows.folder),
                     rows.num_rows,
-                    url,
+                    dict(urls),
                     steps_per_part,
                 ),
                 compute=ray.data.ActorPoolStrategy(size=min(num_actors, len(missing))),
@@ -93,13 +99,32 @@ def fill(recipe: Recipe, rows: Prepared, made_from: dict[str, Any], url: str, nu
     return recipe.run.num_steps * recipe.run.batch_size
 
 
-class Fill:
-    """An actor: a part's number -> its file, in batches of one worker's share."""
+def _write_manifest(recipe: Recipe, made_from: dict[str, Any], url: str, stop: int, steps_per_part: int) -> None:
+    filesystem, folder = fsspec.core.url_to_fs(url)
+    filesystem.makedirs(folder, exist_ok=True)
+    manifest = {"key": made_from, "stop": stop, "steps_per_part": steps_per_part, "batch_size": recipe.run.batch_size}
+    if filesystem.exists(f"{folder}/{MANIFEST}"):
+        found = read_manifest(url)
+        if {**found, "num_steps": 0} != {**manifest, "num_steps": 0}:
+            raise ValueError(f"{url}: holds prefixes made from something else: {differences(found, manifest)}")
+    with filesystem.open(f"{folder}/{MANIFEST}", "w") as file:
+        json.dump({**manifest, "num_steps": recipe.run.num_steps}, file, indent=2)
 
-    def __init__(self, recipe: dict[str, Any], rows: str, num_rows: int, url: str, steps_per_part: int) -> None:
+
+def _has_part(url: str, part: int) -> bool:
+    filesystem, folder = fsspec.core.url_to_fs(url)
+    return filesystem.exists(f"{folder}/{part_name(part)}")
+
+
+class Fill:
+    """An actor: a part's number -> its file in each cache, in batches of one worker's share."""
+
+    def __init__(
+        self, recipe: dict[str, Any], rows: str, num_rows: int, urls: dict[int, str], steps_per_part: int
+    ) -> None:
         self.recipe = Recipe.model_validate(recipe)
         self.prefix = PrefixActor(recipe)
-        self.rows, self.num_rows, self.url, self.steps_per_part = rows, num_rows, url, steps_per_part
+        self.rows, self.num_rows, self.urls, self.steps_per_part = rows, num_rows, urls, steps_per_part
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         (part,) = (int(p) for p in batch["part"])
@@ -108,18 +133,25 @@ class Fill:
         shares = ReadShare(self.rows, self.num_rows, share, 0, share, 0)
         first = part * self.steps_per_part * self.recipe.world_size
         last = min((part + 1) * self.steps_per_part, run.num_steps) * self.recipe.world_size
-        columns: list[dict[str, np.ndarray]] = []
+        columns: dict[int, list[dict[str, np.ndarray]]] = {stop: [] for stop in self.urls}
         for number in range(first, last):
             rows = opened(shares({"id": np.array([number])}))
-            columns.append(self.prefix({**rows.columns, "position": np.array(rows.position)}))
-        table = pyarrow.table({name: list(np.concatenate([c[name] for c in columns])) for name in columns[0]})
-        table = table.set_column(table.column_names.index("index"), "index", table["position"])
-        filesystem, folder = fsspec.core.url_to_fs(self.url)
-        temporary = f"{folder}/.writing-{part_name(part)}"
-        with filesystem.open(temporary, "wb") as file:
-            pyarrow.parquet.write_table(table.drop_columns(["position"]), file, row_group_size=256)
-        filesystem.mv(temporary, f"{folder}/{part_name(part)}")
+            found = self.prefix.passing({**rows.columns, "position": np.array(rows.position)}, list(self.urls))
+            for stop, rows_there in found.items():
+                columns[stop].append(rows_there)
+        for stop, url in self.urls.items():
+            _write_part(url, part, columns[stop])
         return batch
+
+
+def _write_part(url: str, part: int, columns: list[dict[str, np.ndarray]]) -> None:
+    table = pyarrow.table({name: list(np.concatenate([c[name] for c in columns])) for name in columns[0]})
+    table = table.set_column(table.column_names.index("index"), "index", table["position"])
+    filesystem, folder = fsspec.core.url_to_fs(url)
+    temporary = f"{folder}/.writing-{part_name(part)}"
+    with filesystem.open(temporary, "wb") as file:
+        pyarrow.parquet.write_table(table.drop_columns(["position"]), file, row_group_size=256)
+    filesystem.mv(temporary, f"{folder}/{part_name(part)}")
 
 
 def part_name(part: int) -> str:
@@ -151,9 +183,8 @@ def open_cache(recipe: Recipe, made_from: dict[str, Any]) -> Prepared:
         raise ValueError(
             f"task.prefix.cache = {url!r}: reaches denoising step {manifest['stop']}, but the window starts at {start}"
         )
-    filesystem, folder = fsspec.core.url_to_fs(url)
     parts = -(-manifest["num_steps"] // manifest["steps_per_part"])
-    whole = all(filesystem.exists(f"{folder}/{part_name(part)}") for part in range(parts))
+    whole = all(_has_part(url, part) for part in range(parts))
     num_rows = manifest["num_steps"] * manifest["batch_size"]
     needed = recipe.run.num_steps * recipe.run.batch_size
     if not whole or num_rows < needed:

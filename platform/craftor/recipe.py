@@ -2,6 +2,7 @@
 
 import math
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +11,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from craftor.explain import explain
 from craftor.guards import Guards
 from craftor.rollout import Rollout, Section, Window
+from craftor.search_settings import MEASURED, Distribution, Search, Value, corners, expand, substitute
 from craftor.task_settings import Denoising, DirectTuning, Part, Prefix, Reward, RewardTuning, Train, Tuning
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "Reward",
     "RewardTuning",
     "Rollout",
+    "Search",
     "Train",
     "Tuning",
     "Window",
@@ -119,6 +122,7 @@ class Recipe(Section):
     guards: Guards = Guards()
     register_as: Register | None = Field(None, alias="register")
     evaluation: Evaluation | None = None
+    search: Search | None = None
 
     @model_validator(mode="after")
     def _batch_divides(self) -> "Recipe":
@@ -161,6 +165,40 @@ class Recipe(Section):
                     )
                     raise ValueError(f"guards: no metric {rule.metric!r}{unscored}; there are {', '.join(known)}")
         return self
+
+    @model_validator(mode="after")
+    def _search_can_start(self) -> "Recipe":
+        """Every key of the search's space at its ends makes a valid recipe, and every metric is one."""
+        if self.search is None:
+            return self
+        if not isinstance(self.task, RewardTuning):
+            raise ValueError(f'search: task.kind = "{self.task.kind}"; allowed: reward_tuning')
+        known = (*self.task.rewards, *MEASURED)
+        if unknown := [metric for metric in self.search.metrics if metric not in known]:
+            why = "; total weighs the rewards differently in every trial" if unknown[0] == "total" else ""
+            raise ValueError(f"search: no metric {unknown[0]!r}{why}; there are {', '.join(known)}")
+        for values in corners(self.search_space):
+            try:
+                self.with_values(values)
+            except ValidationError as error:
+                shown = ", ".join(f"{key} = {value!r}" for key, value in values.items())
+                raise ValueError(f"search.space: {shown}: {explain(error.errors()[0], Recipe)}") from None
+        return self
+
+    @property
+    def search_space(self) -> dict[str, Distribution]:
+        """`[search.space]` by full dotted keys."""
+        assert self.search is not None
+        sections = [info.alias or name for name, info in Recipe.model_fields.items()]
+        return expand(self.search.space, self.data_of(), sections)
+
+    def with_values(self, values: Mapping[str, Value]) -> "Recipe":
+        """A trial's recipe. Raises pydantic's ValidationError for values that the schema refuses."""
+        return Recipe.model_validate(substitute(self.data_of(), values))
+
+    def data_of(self) -> dict[str, Any]:
+        """What a recipe file of it would hold."""
+        return self.model_dump(by_alias=True, exclude_none=True, mode="json")
 
     @property
     def share(self) -> int:

@@ -145,7 +145,7 @@ def _curves(log: list[dict]) -> list[Series]:
 
 
 def _curve(name: str, steps: np.ndarray, values: np.ndarray) -> dict:
-    drawn = {t: _data(figures.curve(steps, values, getattr(figures, t.upper()))) for t in ("light", "dark")}
+    drawn = {t: data_uri(figures.curve(steps, values, getattr(figures, t.upper()))) for t in ("light", "dark")}
     return {"name": name.replace("_", " "), "last": _short(figures.smooth(values)[-1]), **drawn}
 
 
@@ -190,8 +190,8 @@ def _uri(path: Path) -> dict:
     image.thumbnail((_MAX_SIDE, _MAX_SIDE))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
-    return {"uri": _data(buffer.getvalue()), "small": image.width <= _MAX_SIDE // 2}
+    return {"uri": data_uri(buffer.getvalue()), "small": image.width <= _MAX_SIDE // 2}
 
 
-def _data(png: bytes) -> str:
+def data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -15,6 +15,7 @@ import mlflow
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, RunStatus
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from craftor.prompts import Prepared
 from craftor.recipe import Recipe
@@ -80,15 +81,26 @@ class Tracker:
         self.outage: str | None = None
 
     @classmethod
-    def start(cls, connected: MlflowClient, recipe: Recipe, prepared: Prepared) -> "Tracker":
-        """Create the run with the resolved recipe and the prompt dataset's digest."""
+    def start(
+        cls,
+        connected: MlflowClient,
+        recipe: Recipe,
+        prepared: Prepared | None,
+        *,
+        name: str | None = None,
+        parent: str | None = None,
+    ) -> "Tracker":
+        """Create the run, or a child of the run `parent`, with the resolved recipe and its prompts' digest, if any."""
         experiment = connected.get_experiment_by_name(EXPERIMENT)
         assert experiment is not None
-        run_id = connected.create_run(experiment.experiment_id, run_name=recipe.name).info.run_id
-        parameters = [Param(key, str(value)[:500]) for key, value in _flatten(recipe.model_dump(by_alias=True))]
+        tags = {MLFLOW_PARENT_RUN_ID: parent} if parent else {}
+        run_id = connected.create_run(experiment.experiment_id, run_name=name or recipe.name, tags=tags).info.run_id
+        flat = _flatten(recipe.model_dump(by_alias=True))
+        parameters = [Param(key.replace("*", "each"), str(value)[:500]) for key, value in flat]  # MLflow allows no *
         connected.log_batch(run_id, params=parameters)
         connected.log_dict(run_id, recipe.model_dump(by_alias=True), "recipe.json")
-        connected.log_inputs(run_id, [_dataset(recipe, prepared)])
+        if prepared is not None:
+            connected.log_inputs(run_id, [_dataset(recipe, prepared)])
         return cls(connected, run_id)
 
     def log(self, record: dict[str, float]) -> None:
@@ -141,6 +153,11 @@ class Tracker:
             for key in ("base", "tuned", "delta")
         ]
         self.client.log_batch(self.run_id, metrics=points)
+
+    def figures(self, values: dict[str, float], step: int = 0) -> None:
+        """Figures that are no line of `metrics.jsonl`, at once."""
+        now = int(time.time() * 1000)
+        self.client.log_batch(self.run_id, metrics=[Metric(name, value, now, step) for name, value in values.items()])
 
     def output(self, model_id: str, step: int) -> None:
         """Tie a logged model to the run that made it."""
