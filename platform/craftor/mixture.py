@@ -4,6 +4,7 @@ Encoders learn different things at different timesteps (late ones style, middle 
 mixture acts only where it was trained. Mixing is in output space: `e = sum_i w_i * E_i(prompt)`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,13 +23,43 @@ class Member:
     steps: range
 
 
+def weights_at(members: Sequence[tuple[float, range]], at: int) -> list[float]:
+    """The base's weight, which is what the active members leave, then each member's: 0 outside its range.
+
+    Ranges and `at` count either denoising steps or timesteps.
+    """
+    weights = [weight if at in where else 0.0 for weight, where in members]
+    return [1 - sum(weights), *weights]
+
+
+def timesteps(window: tuple[int, int]) -> range:
+    """An encoder's (first, last) timestep, first the noisier, as a range for `weights_at`."""
+    first, last = window
+    return range(last, first + 1)
+
+
+def check_weights(members: Sequence[tuple[float, range]]) -> None:
+    """Raises MixtureError unless each weight is in [0, 1], and so is what they leave to the base everywhere."""
+    for weight, _ in members:
+        if not (math.isfinite(weight) and 0 <= weight <= 1):
+            raise MixtureError(f"a mixture's weight is {weight}, allowed: 0 to 1")
+    # The sum can only be largest where some range begins.
+    for at in {where.start for _, where in members if where}:
+        total = sum(weights_at(members, at)[1:])
+        if total > 1 + 1e-6:
+            raise MixtureError(f"the weights that act together at {at} sum to {total:g}, allowed: up to 1")
+
+
+class MixtureError(ValueError):
+    """Weights that make no mixture."""
+
+
 def prompt_at(base: Prompt, members: Sequence[Member], index: int) -> Prompt:
     """The mixture of denoising step `index`; the base has the weight that the active members leave."""
-    active = [member for member in members if index in member.steps and member.weight != 0]
-    if not active:
+    weights = weights_at([(member.weight, member.steps) for member in members], index)
+    if not any(weights[1:]):
         return base
-    weights = [1 - sum(member.weight for member in active), *(member.weight for member in active)]
-    prompts = [base, *(member.prompt for member in active)]
+    prompts = [base, *(member.prompt for member in members)]
     return Prompt(mix([p.condition for p in prompts], weights), mix([p.null for p in prompts], weights))
 
 

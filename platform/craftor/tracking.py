@@ -32,8 +32,9 @@ def client(runs_root: Path) -> MlflowClient:
     # The default of seven retries with backoff would hold a run up for minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs_root.resolve() / 'mlflow.db'}"
-    mlflow.set_tracking_uri(uri)
+    _use(uri)
     connected = MlflowClient(uri)
     try:
         if connected.get_experiment_by_name(EXPERIMENT) is None:
@@ -47,6 +48,14 @@ def client(runs_root: Path) -> MlflowClient:
             f"MLflow at {uri} does not answer ({reason}); start it, or unset MLFLOW_TRACKING_URI to use a local file"
         ) from None
     return connected
+
+
+def _use(uri: str) -> None:
+    """Make a store MLflow's current one, without the environment variable that it would leave for the next call."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(uri)
+    if before is None:
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
 class Tracker:

@@ -95,12 +95,22 @@ def load(diffuser: Diffuser, folder: Path) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for name in (*ENCODERS, "unet"):
         if (folder / name).is_dir():
-            found[name] = CLASSES[name].from_pretrained(folder / name, use_safetensors=True, dtype=torch.float32)
+            found[name] = _whole(CLASSES[name], folder / name)
     if (folder / LORA_FOLDER).is_dir():
         found |= _merged(diffuser, folder / LORA_FOLDER)
     if not found:
         raise ValueError(f"{folder}: holds no tuned part; expected {', '.join((*CLASSES, LORA_FOLDER))}")
     return {name: freeze(module).to(diffuser.device) for name, module in found.items()}
+
+
+def _whole(family: Any, folder: Path) -> nn.Module:
+    """Raises ValueError where tensors are missing or have other shapes: libraries would fill in random ones."""
+    module, report = family.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+    )
+    if wrong := [*report["missing_keys"], *report["mismatched_keys"]]:
+        raise ValueError(f"{folder}: {len(wrong)} weights missing or of another shape, the first is {wrong[0]}")
+    return module
 
 
 CLASSES = {
