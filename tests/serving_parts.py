@@ -4,9 +4,10 @@ import copy
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import torch
 import uvicorn
 
@@ -75,3 +76,13 @@ def listening(service: Service) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+def replicas() -> list[psutil.Process]:
+    """Ray Serve's replicas of a local cluster that this process started."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if " ".join(process.cmdline()).startswith("ray::ServeReplica:craftor"):
+                found.append(process)
+    return found
