@@ -1,0 +1,246 @@
+"""The HTTP interface of one replica: OpenAI's images API with mixtures, and what operators need."""
+
+import asyncio
+import base64
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from importlib.resources import files
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Header, Request
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+
+from craftor import __version__
+from craftor.serving import errors
+from craftor.serving.admission import Rejected
+from craftor.serving.body_limit import BodyLimit
+from craftor.serving.count import CountAnswers
+from craftor.serving.errors import ApiError, busy
+from craftor.serving.generation import Asked, events, picture, submit
+from craftor.serving.jobs import NOT_HERE
+from craftor.serving.schema import Generation
+from craftor.serving.service import Service
+
+Elsewhere = Callable[[str, str], Awaitable[int]]
+"""Cancels a client's job in whatever replica holds it, as `Jobs.cancel`."""
+
+
+def build_app(service: Service, elsewhere: Elsewhere | None = None) -> FastAPI:
+    """The replica's ASGI app."""
+    settings = service.settings
+    app = FastAPI(title="Craftor", version=__version__, summary="Images from any mixture of tuned text encoders.")
+    errors.install(app)
+    app.add_middleware(CountAnswers, metrics=service.metrics)
+    app.add_middleware(BodyLimit, limit=settings.limits.body_bytes)
+    if settings.http.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(settings.http.cors_origins), allow_methods=["*"], allow_headers=["*"]
+        )
+    _operations(app, service)
+    _images(app, service, elsewhere)
+    if settings.http.playground:
+        _playground(app)
+    _document_what_is_answered(app)
+    return app
+
+
+def _images(app: FastAPI, service: Service, elsewhere: Elsewhere | None) -> None:
+    settings, engine = service.settings, service.engine
+
+    def client(authorization: Annotated[str | None, Header()] = None) -> str:
+        return service.gate.client(authorization)
+
+    Client = Annotated[str, Depends(client)]
+
+    @app.post("/v1/images/generations", responses=ERRORS)
+    async def generate(
+        body: Generation,
+        request: Request,
+        client: Client,
+        x_job_id: Annotated[str | None, Header()] = None,
+        x_deadline_ms: Annotated[int | None, Header(ge=1, le=86_400_000)] = None,
+    ) -> Response:
+        """Images of a prompt. `X-Deadline-Ms`: refuse at once (429) what cannot be done by then."""
+        images = service.interpreter.images(body)
+        if not engine.alive:
+            raise ApiError(503, "this replica has failed; ask again", code="replica_failed")
+        job = service.jobs.name(x_job_id)
+        try:
+            service.gate.charge(client, sum(engine.cost(image) for image in images))
+            asked = submit(engine, images, client, x_deadline_ms and x_deadline_ms / 1000)
+        except Rejected as rejected:
+            service.metrics.rejects.labels(rejected.reason).inc()
+            raise busy(rejected) from None
+        size = _size_name(asked)
+        headers = {"X-Job-Id": job, "Cache-Control": "no-store"}
+        if body.stream:
+            stream = _kept(service, job, client, asked, events(engine, settings.name, size, job, asked))
+            return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
+        with service.jobs.running(job, client, asked.rows):
+            pictures = [picture(engine, settings.name, row) for row in asked.rows]
+            done = await _unless_gone(request, asyncio.gather(*pictures))
+        data = []
+        for content, described in done:
+            if body.response_format == "url":
+                name = await asyncio.to_thread(service.pictures.keep, content)
+                data.append({"url": str(request.url_for("image", name=name)), "provenance": described})
+            else:
+                data.append({"b64_json": base64.b64encode(content).decode(), "provenance": described})
+        answer = {"created": int(time.time()), "data": data, "job": job, "size": size, "output_format": "png"}
+        return JSONResponse(answer, headers=headers)
+
+    @app.delete("/v1/jobs/{job}", responses=ERRORS)
+    async def cancel(job: str, client: Client) -> dict[str, Any]:
+        """Give up a request in flight, by its `X-Job-Id`; its slots are free at the next step."""
+        cancelled = service.jobs.cancel(job, client)
+        if cancelled == NOT_HERE and elsewhere is not None:
+            cancelled = await elsewhere(job, client)
+        if cancelled == NOT_HERE:
+            raise ApiError(404, f"no job {job!r} of yours is in flight", code="job_not_found")
+        return {"id": job, "object": "job", "cancelled_images": cancelled}
+
+    @app.get("/v1/images/{name}", responses=ERRORS)
+    def image(name: str) -> Response:
+        """An image that was asked for as a URL; its unguessable name is the permission."""
+        return Response(service.pictures.read(name), media_type="image/png")
+
+    @app.get("/v1/models", responses=ERRORS)
+    async def models(client: Client) -> dict[str, Any]:
+        return {"object": "list", "data": [_model(service)]}
+
+    @app.get("/v1/models/{name}", responses=ERRORS)
+    async def model(name: str, client: Client) -> dict[str, Any]:
+        if name != settings.name:
+            raise ApiError(404, f"no model {name!r}; there is: {settings.name}", code="model_not_found")
+        return _model(service)
+
+    @app.post("/v1/encoders/refresh", responses=ERRORS, status_code=202)
+    async def refresh(client: Client) -> dict[str, Any]:
+        """A hint that an alias has moved, for a webhook: look now. Replicas look every `poll_seconds` anyway."""
+        service.watcher.hint()
+        return {"object": "refresh", "poll_seconds": settings.poll_seconds}
+
+    @app.get("/v1/encoders", responses=ERRORS)
+    async def encoders(client: Client) -> dict[str, Any]:
+        """What can be mixed: each name's version now, where it acts by default, and what was measured of it."""
+        data = [
+            {
+                "id": name,
+                "object": "encoder",
+                "source": service.library.sources[name],
+                "name": encoder.name,
+                "version": encoder.version,
+                "uri": encoder.uri,
+                "sha256": encoder.sha256,
+                "run_id": encoder.run_id,
+                "window": {"from": encoder.window[0], "to": encoder.window[1]},
+                "rewards": encoder.description.get("rewards", {}),
+                "scores": encoder.description.get("scores", {}),
+                "problem": service.library.problems.get(name),
+            }
+            for name, encoder in service.library.table.items()
+        ]
+        return {"object": "list", "data": data}
+
+
+def _operations(app: FastAPI, service: Service) -> None:
+    @app.get("/healthz", include_in_schema=False)
+    async def healthy() -> JSONResponse:
+        """Whether this process should live on."""
+        alive = service.engine.alive
+        return JSONResponse({"alive": alive}, 200 if alive else 503)
+
+    @app.get("/readyz", include_in_schema=False)
+    async def ready() -> JSONResponse:
+        """Whether requests should come here; what is not as it should be, though it serves on."""
+        alive, problems = service.engine.alive, service.problems
+        versions = {name: encoder.uri for name, encoder in service.library.table.items()}
+        body = {"ready": alive, "degraded": bool(problems), "problems": problems, "encoders": versions}
+        return JSONResponse(body, 200 if alive else 503)
+
+    @app.get("/metrics", include_in_schema=False)
+    def metrics() -> Response:
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _playground(app: FastAPI) -> None:
+    page = files("craftor.serving").joinpath("static/playground.html").read_text(encoding="utf-8")
+
+    @app.get("/playground", include_in_schema=False)
+    async def playground() -> HTMLResponse:
+        return HTMLResponse(page, headers={"Content-Security-Policy": POLICY})
+
+    @app.get("/", include_in_schema=False)
+    async def root() -> Response:
+        return Response(status_code=307, headers={"Location": "/playground"})
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"description": text, "content": {"application/json": {"schema": {"type": "object"}}}}
+    for status, text in (
+        (400, "What the request asks for is not possible; the error names the parameter"),
+        (401, "Token missing or not known"),
+        (404, "No such thing"),
+        (409, "The job id is in use"),
+        (413, "The body is too large"),
+        (429, "Too much to do; `Retry-After` says when to ask again"),
+    )
+}
+POLICY = "default-src 'self'; img-src 'self' data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
+
+def _document_what_is_answered(app: FastAPI) -> None:
+    """FastAPI documents a 422 for every route; here such requests are answered with 400."""
+    for path in app.openapi()["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+
+
+def _size_name(asked: Asked) -> str:
+    height, width = asked.rows[0].request.size or (0, 0)
+    return f"{width}x{height}"
+
+
+def _model(service: Service) -> dict[str, Any]:
+    settings = service.settings
+    return {
+        "id": settings.name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "craftor",
+        "base": settings.model.path,
+        "sizes": list(service.interpreter.sizes),
+        "defaults": settings.defaults.model_dump(),
+        "limits": settings.limits.model_dump(),
+    }
+
+
+async def _unless_gone(request: Request, work: "asyncio.Future[list[Any]]") -> list[Any]:
+    """The work's result; given up when the client hangs up."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    left = asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ApiError(499, "the client hung up", code="cancelled")
+        return work.result()
+    finally:
+        left.cancel()
+        work.cancel()
+        with suppress(asyncio.CancelledError):
+            await left
+
+
+async def _kept(
+    service: Service, job: str, client: str, asked: Asked, stream: AsyncIterator[bytes]
+) -> AsyncIterator[bytes]:
+    """A stream whose rows are given up when nobody reads it any more."""
+    with service.jobs.running(job, client, asked.rows):
+        async for part in stream:
+            yield part

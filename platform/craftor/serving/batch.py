@@ -1,0 +1,77 @@
+"""Rows that differ in everything but their latents' shape -> one padded UNet call, and each row a step further.
+
+Timestep, guidance, solver coefficients and embeddings are all tensors with one entry a row, so nothing needs to be
+equal for rows to share a call. A row takes one slot of it, or two under guidance; the rest is padding. The arithmetic
+is that of `Guided.step`: a row's bits depend on the size of the call and on nothing else in it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from craftor.denoise import Guided, Prompt
+from craftor.diffuser import Diffuser
+from craftor.embed import Condition
+from craftor.rollout import Rollout
+from craftor.serving.work import Row
+
+
+def network(base: Diffuser, latent_shape: tuple[int, int, int]) -> Guided:
+    """The UNet alone, without guidance, for latents of one shape: `output` is then its plain call."""
+    plain = base.guided(Rollout(num_steps=1, guidance_scale=1))
+    if plain.time_ids is None:
+        return plain
+    height, width = (side * base.pixels_per_latent for side in latent_shape[1:])
+    size = [height, width, 0, 0, height, width]
+    return replace(plain, time_ids=torch.tensor([size], dtype=torch.float32, device=base.device))
+
+
+@torch.inference_mode()
+def advance(unet: Guided, rows: Sequence[Row], bucket: int) -> float:
+    """Take each row's next denoising step in one UNet call of `bucket` slots; returns the call's seconds."""
+    prompts = [row.prompt() for row in rows]
+    guided = [i for i, row in enumerate(rows) if row.request.slots == 2]
+    padding = bucket - len(rows) - len(guided)
+    assert padding >= 0, f"{len(rows)} rows of which {len(guided)} are guided do not fit in {bucket} slots"
+    slots = [*range(len(rows)), *guided, *[0] * padding]
+
+    latents = torch.stack([row.latents for row in rows])
+    condition = _stack(
+        [p.condition for p in prompts] + [prompts[i].null for i in guided] + [prompts[0].condition] * padding
+    )
+    steps = [row.schedule[row.index] for row in rows]
+    timesteps = torch.tensor([steps[i].timestep for i in slots], device=latents.device)
+
+    started = perf_counter()
+    out = unet.output(latents[slots], Prompt(condition, condition), timesteps)
+    if latents.is_cuda:
+        torch.cuda.synchronize(latents.device)  # so that the seconds are the call's, and rows join the step that runs
+    seconds = perf_counter() - started
+
+    output, unconditional = out[: len(rows)], out[len(rows) : len(rows) + len(guided)]
+    if guided:
+        scale = _column([rows[i].request.guidance_scale for i in guided], latents)
+        output = output.clone()
+        output[guided] = unconditional + scale * (output[guided] - unconditional)
+    p, q, keep, new, old = (
+        _column([getattr(s, name) for s in steps], latents) for name in ("p", "q", "keep", "new", "old")
+    )
+    x0 = p * latents + q * output
+    following = keep * latents + new * x0
+    if any(step.old for step in steps):
+        following = following + old * torch.stack([row.previous for row in rows])
+    for row, after, clean in zip(rows, following, x0, strict=True):
+        row.latents, row.previous = after, clean
+        row.index += 1
+    return seconds
+
+
+def _stack(conditions: Sequence[Condition]) -> Condition:
+    return Condition(*(torch.cat(tensors) for tensors in zip(*(c.tensors for c in conditions), strict=True)))
+
+
+def _column(numbers: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(numbers, dtype=like.dtype, device=like.device).view(-1, 1, 1, 1)

@@ -1,0 +1,242 @@
+"""Requests -> images by continuous batching: at every denoising step finished rows leave and waiting ones join.
+
+One thread owns the UNet. Preparing prompts and decoding pictures have threads of their own. Rows are kept by latent
+shape in lanes that take turns; within a lane any rows share a call (`batch`). No Ray, no HTTP.
+"""
+
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from craftor.diffuser import Diffuser
+from craftor.serving import buckets
+from craftor.serving.admission import Load, Rejected, admit
+from craftor.serving.batch import advance, network
+from craftor.serving.decoding import Decoder, previewer
+from craftor.serving.embeddings import Embeddings
+from craftor.serving.lanes import Lane
+from craftor.serving.settings import EngineSettings
+from craftor.serving.work import Cancelled, EngineEnded, ImageRequest, Listener, Observer, Row, first_noise
+from craftor.solver import Schedule, schedule
+
+Shape = tuple[int, int, int]
+
+
+class Engine:
+    """Thread-safe: `submit` and `cancel` from anywhere; `start` runs the loop, or a test calls `step` itself."""
+
+    def __init__(self, base: Diffuser, settings: EngineSettings, observer: Observer | None = None) -> None:
+        self.base, self.settings, self.observer = base, settings, observer
+        self.embeddings = Embeddings(base, settings.cached_prompts)
+        torch.set_num_threads(settings.threads)
+        plain = network(base, base.latent_shape)
+        tried = buckets.ladder("fast", settings.bucket or settings.max_bucket)
+        self.profile = buckets.measure(plain, base.latent_shape, base.null(), tried)
+        self.capacity = settings.bucket or buckets.knee(self.profile)
+        self.sizes = buckets.ladder(settings.mode, self.capacity)
+        self._lanes: dict[Shape, Lane] = {}
+        self._turn: list[Shape] = []
+        self._schedules: dict[tuple[str, int], Schedule] = {}
+        self._work = threading.Condition()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="craftor-encoder")
+        self._decoder = Decoder(base.vae, previewer(base, self._sample_latents()), self._ended)
+
+    # --- from any thread
+
+    def submit(
+        self,
+        requests: Sequence[ImageRequest],
+        *,
+        client: str = "",
+        deadline: float | None = None,
+        listeners: Sequence[Listener | None] | None = None,
+    ) -> list[Row]:
+        """Take requests in, all or none; each row's `done` is a future of its image `(3, H, W)` in [0, 1].
+
+        `deadline` is in seconds from now. Raises `Rejected` where too much work waits, or the deadline cannot be met;
+        a future raises `Cancelled`, or `Rejected` where the deadline passed while the row waited.
+        """
+        rows = [self._row(request, client) for request in requests]
+        for row, listener in zip(rows, listeners or [None] * len(rows), strict=True):
+            row.listener = listener
+            row.deadline = None if deadline is None else row.submitted + deadline
+        with self._work:
+            cost, latency = sum(row.cost for row in rows), max(self.latency(request) for request in requests)
+            admit(self.load(), cost, latency, bound=self.settings.queue_seconds, deadline=deadline)
+            for row in rows:
+                self._lane(row).waiting.push(row)
+        for row in rows:
+            self._encoder.submit(self._encode, row).add_done_callback(partial(self._encoded, row))
+        return rows
+
+    def cancel(self, rows: Sequence[Row]) -> int:
+        """Give up those that are not done; each leaves at the next step. Returns how many."""
+        return self._give_up(rows, Cancelled("cancelled"))
+
+    def cost(self, request: ImageRequest) -> float:
+        """Seconds of a full engine that a request takes: steps x slots x the time of a slot."""
+        return request.num_steps * request.slots * self._step_seconds(request) / self.capacity
+
+    def latency(self, request: ImageRequest) -> float:
+        """Seconds that a request takes in a full engine once it runs."""
+        return request.num_steps * self._step_seconds(request)
+
+    def load(self) -> Load:
+        """Work waiting and on its way."""
+        lanes = list(self._lanes.values())
+        running = sum(row.cost * row.remaining / len(row.schedule) for lane in lanes for row in lane.running)
+        return Load(sum(row.cost for lane in lanes for row in lane.waiting), running)
+
+    def start(self) -> "Engine":
+        self._thread = threading.Thread(target=self._run, name="craftor-engine", daemon=True)
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """End all threads; rows on their way are cancelled."""
+        with self._work:
+            self._stopping = True
+            self._work.notify()
+        if self._thread is not None:
+            self._thread.join()
+        self._abandon()
+        self._encoder.shutdown()
+        self._decoder.stop()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread is not None and self._thread.is_alive() and self._decoder.alive
+
+    # --- the engine's own thread
+
+    def step(self) -> bool:
+        """One denoising step of the lane whose turn it is; False where no row is ready."""
+        began = time.perf_counter()
+        with self._work:
+            lane, reason = self._next_lane()
+        if lane is None:
+            return False
+        slots = lane.slots
+        bucket = buckets.smallest(self.sizes, slots)
+        seconds = advance(lane.unet, lane.running, bucket)
+        lane.seconds[bucket] += 0.1 * (seconds - lane.seconds[bucket])
+        for row in lane.running:
+            if row.remaining == 0:
+                self._decoder.finish(row)
+            elif row.listener is not None and row.shows_preview():
+                self._decoder.preview(row)
+        with self._work:
+            lane.running = [row for row in lane.running if row.remaining]
+        if self.observer is not None:
+            self.observer.stepped(slots, bucket, seconds, time.perf_counter() - began - seconds, reason)
+        return True
+
+    def _run(self) -> None:
+        torch.set_num_threads(self.settings.threads)  # a setting of each thread
+        try:
+            while True:
+                with self._work:
+                    self._work.wait_for(lambda: self._stopping or any(lane.busy for lane in self._lanes.values()))
+                    if self._stopping or not self._decoder.alive:
+                        return
+                self.step()
+        finally:
+            self._abandon()  # whatever ended the loop, nobody waits for ever
+
+    def _next_lane(self) -> tuple[Lane | None, str]:
+        """Clear cancelled and late rows out, then fill the lane that has waited longest."""
+        now = time.monotonic()
+        for lane in self._lanes.values():
+            for row in lane.clear(now):
+                row.fail(Rejected("the deadline passed before its turn came", row.cost, "deadline"))
+                self._ended(row, "late")
+        for shape in self._turn:
+            lane = self._lanes[shape]
+            joined, reason = lane.fill(self.capacity)
+            for row in joined:
+                row.started = time.monotonic()
+                if self.observer is not None:
+                    self.observer.started(row.started - row.submitted)
+            if lane.running:
+                self._turn.remove(shape)
+                self._turn.append(shape)
+                return lane, reason
+        return None, "idle"
+
+    # --- helpers
+
+    def _encode(self, row: Row) -> None:
+        """In the encoder's thread."""
+        if row.cancelled:
+            return
+        row.base, row.members = self.embeddings.prompts(row.request, row.schedule)
+        with self._work:
+            row.encoded = True
+            self._work.notify()
+
+    def _encoded(self, row: Row, future: object) -> None:
+        error = future.exception()  # type: ignore[attr-defined]
+        if error is not None:
+            row.fail(error)
+
+    def _ended(self, row: Row, outcome: str = "completed") -> None:
+        if self.observer is not None:
+            self.observer.ended(outcome, time.monotonic() - row.submitted)
+
+    def _give_up(self, rows: Sequence[Row], error: Cancelled) -> int:
+        with self._work:
+            given_up = [row for row in rows if row.fail(error)]
+            self._work.notify()
+        for row in given_up:
+            self._ended(row, "cancelled")
+        return len(given_up)
+
+    def _abandon(self) -> None:
+        rows = [row for lane in self._lanes.values() for row in (*lane.running, *lane.waiting)]
+        self._give_up(rows, EngineEnded("the engine has ended"))
+
+    def _row(self, request: ImageRequest, client: str) -> Row:
+        key = (request.solver, request.num_steps)
+        if key not in self._schedules:
+            self._schedules[key] = schedule(self.base.scheduler, *key)
+        noise = first_noise(request.seed, self._shape(request)).to(self.base.device)
+        return Row(request, self._schedules[key], noise, client, self.cost(request))
+
+    def _shape(self, request: ImageRequest) -> Shape:
+        if request.size is None:
+            return self.base.latent_shape
+        height, width = (side // self.base.pixels_per_latent for side in request.size)
+        return self.base.latent_shape[0], height, width
+
+    def _lane(self, row: Row) -> Lane:
+        shape: Shape = tuple(row.latents.shape)  # type: ignore[assignment]
+        if shape not in self._lanes:
+            seconds = {size: self._pixels(shape) * self.profile[size] for size in self.sizes}
+            self._lanes[shape] = Lane(network(self.base, shape), seconds)
+            self._turn.append(shape)
+        return self._lanes[shape]
+
+    def _pixels(self, shape: Shape) -> float:
+        """Of a shape, over those of the model's own: a first guess of how much longer its steps take."""
+        return shape[1] * shape[2] / (self.base.latent_shape[1] * self.base.latent_shape[2])
+
+    def _step_seconds(self, request: ImageRequest) -> float:
+        shape = self._shape(request)
+        lane = self._lanes.get(shape)
+        return lane.seconds[self.capacity] if lane else self._pixels(shape) * self.profile[self.capacity]
+
+    def _sample_latents(self) -> Tensor:
+        """Two pictures of the model's own, in a few steps without guidance, for the preview to be fitted to."""
+        rows = [self._row(ImageRequest("", seed=seed, num_steps=8, guidance_scale=1.0), "warm-up") for seed in (0, 1)]
+        for row in rows:
+            row.base, row.members = self.embeddings.prompts(row.request, row.schedule)
+        while rows[0].remaining:
+            advance(network(self.base, self.base.latent_shape), rows, max(2, self.capacity))
+        return torch.stack([row.latents for row in rows])

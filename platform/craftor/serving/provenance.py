@@ -1,0 +1,59 @@
+"""An image -> a PNG that says exactly where it came from: encoders by version and hash, weights, seed, steps."""
+
+import io
+import json
+from typing import Any
+
+from jaxtyping import Float
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+
+from craftor import __version__
+from craftor.serving.work import Row
+
+KEY = "craftor"
+"""Of the PNG's text chunk, which holds the record as JSON."""
+
+
+def record(row: Row, model: str, engine: dict[str, Any]) -> dict[str, Any]:
+    """What decides a row's image. No time and no id: equal requests are equal bytes."""
+    request = row.request
+    mixture = []
+    for share in request.shares:
+        acts, encoder = share.steps(row.schedule), share.encoder
+        mixture.append(
+            {
+                "encoder": encoder.name,
+                "version": encoder.version,
+                "uri": encoder.uri,
+                "sha256": encoder.sha256,
+                "run_id": encoder.run_id,
+                "weight": share.weight,
+                "from": share.window[0],
+                "to": share.window[1],
+                "steps": [acts.start, acts.stop] if acts else [],
+            }
+        )
+    return {
+        "craftor": __version__,
+        "model": model,
+        "engine": engine,
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "mixture": mixture,
+        "seed": request.seed,
+        "steps": request.num_steps,
+        "guidance_scale": request.guidance_scale,
+        "scheduler": request.solver,
+    }
+
+
+def png(image: Float[Tensor, "3 H W"], described: dict[str, Any] | None = None) -> bytes:
+    """An image in [0, 1] as a PNG."""
+    text = PngImagePlugin.PngInfo()
+    if described is not None:
+        text.add_itxt(KEY, json.dumps(described, ensure_ascii=False))
+    out = io.BytesIO()
+    pixels = (image * 255).round().byte().movedim(0, -1).contiguous()
+    Image.fromarray(pixels.numpy()).save(out, "png", pnginfo=text)
+    return out.getvalue()

@@ -1,0 +1,53 @@
+"""The body of an image request: OpenAI's fields, and ours for mixtures. Limits that are settings are in `interpret`."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MAX_SEED = 2**53 - 1
+"""The largest integer that every JSON reader keeps exactly."""
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+
+
+class Portion(Body):
+    """An encoder's part of a mixture."""
+
+    weight: float
+    first: Annotated[int | None, Field(alias="from", ge=0, le=999)] = None
+    """The noisiest timestep at which it acts; by default that of its training."""
+    last: Annotated[int | None, Field(alias="to", ge=0, le=999)] = None
+
+
+Mix = dict[str, float | Portion]
+
+
+class Generation(Body):
+    """`POST /v1/images/generations`."""
+
+    prompt: str
+    model: str | None = None
+    n: int = Field(1, ge=1)
+    size: str | None = None
+    """`WIDTHxHEIGHT`; by default, and for `auto`, the model's own."""
+    response_format: Literal["b64_json", "url"] | None = None
+    stream: bool | None = None
+    partial_images: int | None = Field(None, ge=0, le=16)
+    """Previews on the way, with `stream`."""
+    output_format: Literal["png"] | None = None
+    quality: Literal["auto"] | None = None
+    background: Literal["auto", "opaque"] | None = None
+    user: str | None = Field(None, max_length=256)
+
+    mix: Mix = {}
+    """By name of an encoder; the base has the weight that is left."""
+    sweep: list[Mix] | None = Field(None, min_length=1)
+    """Several mixtures instead of one, with the same seeds: n images of each."""
+    negative_prompt: str = ""
+    steps: int | None = Field(None, ge=1)
+    guidance_scale: float | None = Field(None, ge=1, allow_inf_nan=False)
+    seed: int | None = Field(None, ge=0, le=MAX_SEED)
+    """Of the first image; image k has seed + k, and is the same one alone."""
+    scheduler: Literal["ddim", "euler", "dpm_solver_2m"] | None = None

@@ -1,0 +1,77 @@
+"""What one replica consists of: the base model, the engine, the encoders, and who may ask."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from craftor.diffuser import load
+from craftor.encoders import resolve
+from craftor.serving.engine import Engine
+from craftor.serving.gate import Gate
+from craftor.serving.interpret import Interpreter, check_sizes
+from craftor.serving.jobs import Jobs
+from craftor.serving.library import Library, Resolve, Watcher
+from craftor.serving.metrics import Metrics
+from craftor.serving.pictures import Pictures
+from craftor.serving.settings import Serving
+from craftor.tracking import client
+
+
+@dataclass(frozen=True)
+class Service:
+    settings: Serving
+    engine: Engine
+    library: Library
+    watcher: Watcher
+    interpreter: Interpreter
+    gate: Gate
+    jobs: Jobs
+    metrics: Metrics
+    pictures: Pictures
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """Why this replica does not do all that it should; `engine` alone means that it cannot do anything."""
+        problems = dict(self.library.problems)
+        if not self.engine.alive:
+            problems["engine"] = "a thread of the engine has ended; the log says why"
+        if not self.watcher.alive:
+            problems["watcher"] = "the thread that follows the registry has ended; the log says why"
+        return problems
+
+
+@contextmanager
+def service(settings: Serving) -> Iterator[Service]:
+    """Load, measure and start; stop at the end of the block. Raises what loading the base and the encoders raises."""
+    base = load(settings.model)
+    check_sizes(settings, base)
+    library = Library(base, settings.encoders, _resolve(settings))
+    metrics = Metrics()
+    engine = Engine(base, settings.engine, metrics).start()
+    metrics.watch(engine, library)
+    watcher = Watcher(library, settings.poll_seconds)
+    pictures = Pictures(Path(settings.runs) / "served", settings.http.url_seconds)
+    try:
+        yield Service(
+            settings,
+            engine,
+            library,
+            watcher,
+            Interpreter(settings, base, library),
+            Gate(settings.tokens),
+            Jobs(engine),
+            metrics,
+            pictures,
+        )
+    finally:
+        watcher.stop()
+        engine.stop()
+
+
+def _resolve(settings: Serving) -> Resolve | None:
+    """A look-up in the registry, where some encoder comes from there."""
+    if all(Path(source).is_dir() for source in settings.encoders.values()):
+        return None
+    connected = client(Path(settings.runs))
+    return lambda text: resolve(connected, text)

@@ -1,0 +1,130 @@
+"""Hot reload: what an alias points to is checked before it is served, and nothing that fails takes anything away."""
+
+from pathlib import Path
+
+import pytest
+
+from craftor.diffuser import Diffuser, load
+from craftor.encoders import Encoder, EncoderRefused, UnknownEncoder, Version, load_encoder
+from craftor.recipe import Model
+from craftor.serving import library as module
+from craftor.serving.engine import Engine
+from craftor.serving.library import Library, NotServed, Watcher
+from craftor.serving.settings import EngineSettings
+from craftor.serving.work import ImageRequest, Share
+from craftor.tracking import TrackingUnreachable
+from serving_parts import drain, encoded, write_tuned_bundle
+
+
+class Registry:
+    """One name with versions; the alias points where `champion` says."""
+
+    def __init__(self, bundles: dict[str, Path]) -> None:
+        self.bundles, self.champion, self.down = bundles, "1", False
+        self.loads: list[str] = []
+
+    def resolve(self, text: str) -> Version:
+        if self.down:
+            raise TrackingUnreachable("MLflow does not answer")
+        if text != "style@champion":
+            raise UnknownEncoder(f"no encoder {text!r} in the registry")
+        return Version("style", self.champion, "run", ("champion",), {}, 0, "store")
+
+    def load(self, found: Version | Path, base: Diffuser) -> Encoder:
+        if isinstance(found, Path):
+            return load_encoder(found, base)
+        self.loads.append(found.version)
+        loaded = load_encoder(self.bundles[found.version], base)
+        return Encoder("style", found.version, found.uri, loaded.sha256, "run", loaded.modules, loaded.window, {})
+
+
+@pytest.fixture(scope="module")
+def base(tiny: Path) -> Diffuser:
+    return load(Model(path=str(tiny / "pipeline")))
+
+
+@pytest.fixture
+def registry(tiny: Path, base: Diffuser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
+    bundles = {str(seed): write_tuned_bundle(tiny, base, tmp_path, seed) for seed in (1, 2, 3)}
+    bad = bundles["3"] / "text_encoder" / "model.safetensors"
+    bad.write_bytes(bad.read_bytes()[:-1] + b"!")
+    found = Registry(bundles)
+    monkeypatch.setattr(module, "load_encoder", found.load)
+    return found
+
+
+def test_names_sources_and_versions_lead_to_an_encoder(registry: Registry, base: Diffuser) -> None:
+    folder = str(registry.bundles["2"])
+    library = Library(base, {"style": "style@champion", "other": folder}, registry.resolve)
+    assert library.find("style") is library.find("style@champion") is library.find("style/1")
+    assert library.find("other") is library.find(folder)
+    with pytest.raises(NotServed, match="no encoder 'style/2' is served here; there are: style, other"):
+        library.find("style/2")
+
+
+def test_a_promotion_is_swapped_in_while_rows_keep_what_they_began_with(registry: Registry, base: Diffuser) -> None:
+    library = Library(base, {"style": "style@champion"}, registry.resolve)
+    engine = Engine(base, EngineSettings(bucket=4, queue_seconds=100.0))
+
+    def ask() -> ImageRequest:
+        shares = (Share(library.find("style"), 1.0, (999, 0)),)
+        return ImageRequest("a red star", seed=1, shares=shares, num_steps=6)
+
+    (first,) = drain(engine, engine.submit([ask()]))
+    rows = engine.submit([ask()])
+    encoded(rows)
+    engine.step()
+    registry.champion = "2"
+    library.refresh()
+    assert library.find("style").version == "2" and library.problems == {}
+    pinned, after = drain(engine, [*rows, *engine.submit([ask()])])
+    engine.stop()
+    assert pinned.equal(first) and not after.equal(first)
+    library.refresh()
+    assert registry.loads == ["1", "2"], "what has not moved is not loaded again"
+
+
+def test_a_bad_bundle_is_refused_once_and_the_old_version_stays(registry: Registry, base: Diffuser) -> None:
+    library = Library(base, {"style": "style@champion"}, registry.resolve)
+    registry.champion = "3"
+    for _ in range(3):
+        library.refresh()
+        assert library.find("style").version == "1" and "missing or changed" in library.problems["style"]
+    assert registry.loads == ["1", "3"]
+    registry.champion = "2"
+    library.refresh()
+    assert library.find("style").version == "2" and library.problems == {}
+
+
+def test_without_its_registry_it_serves_on_and_says_so(registry: Registry, base: Diffuser) -> None:
+    library = Library(base, {"style": "style@champion"}, registry.resolve)
+    registry.down = True
+    library.refresh()
+    assert library.find("style").version == "1" and library.problems == {"registry": "MLflow does not answer"}
+    registry.down, registry.champion = False, "2"
+    library.refresh()
+    assert library.find("style").version == "2" and library.problems == {}
+
+
+def test_a_server_starts_whole_or_not_at_all(registry: Registry, base: Diffuser) -> None:
+    with pytest.raises(UnknownEncoder, match="no encoder 'nothing' in the registry"):
+        Library(base, {"style": "nothing"}, registry.resolve)
+    with pytest.raises(UnknownEncoder, match="no such folder, and no registry is in use"):
+        Library(base, {"style": "nothing"}, None)
+    registry.champion = "3"
+    with pytest.raises((EncoderRefused, ValueError), match="missing or changed"):
+        Library(base, {"style": "style@champion"}, registry.resolve)
+
+
+def test_the_watcher_looks_at_once_when_hinted(registry: Registry, base: Diffuser) -> None:
+    library = Library(base, {"style": "style@champion"}, registry.resolve)
+    watcher = Watcher(library, seconds=3600)
+    registry.champion = "2"
+    watcher.hint()
+    for _ in range(1000):
+        if library.find("style").version == "2":
+            break
+        watcher._thread.join(0.01)
+    assert library.find("style").version == "2" and watcher.alive
+    watcher.stop()
+    assert not watcher.alive

@@ -1,0 +1,69 @@
+"""The playground in a real browser: type, slide, generate, see two different pictures, no error in the console."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from craftor.diffuser import load
+from craftor.recipe import Model
+from craftor.serving.service import service
+from craftor.serving.settings import Serving
+from serving_parts import listening, write_tuned_bundle
+
+CHROMIUM = Path("/usr/bin/chromium")
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no {CHROMIUM}")
+
+
+@pytest.fixture(scope="module")
+def url(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("playground")
+    base = load(Model(path=str(tiny / "pipeline")))
+    settings = {
+        "name": "tiny",
+        "model": {"path": str(tiny / "pipeline")},
+        "encoders": {f"tuned{seed}": str(write_tuned_bundle(tiny, base, folder, seed)) for seed in (1, 2)},
+        "runs": str(folder),
+        "engine": {"bucket": 8, "queue_seconds": 60.0},
+        "defaults": {"steps": 9, "guidance_scale": 3.0},
+    }
+    with service(Serving.model_validate(settings)) as one, listening(one) as address:
+        yield address
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+def test_type_slide_generate(url: str, width: int) -> None:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        errors: list[str] = []
+        page.on(
+            "console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None
+        )
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(f"{url}/playground")
+        page.get_by_label("Weight of tuned2").wait_for()
+
+        page.get_by_label("Prompt", exact=True).fill("a small red star")
+        page.get_by_label("Weight of tuned2").fill("0.6")
+        assert page.get_by_label("Weight of tuned1").input_value() == "0.4", "weights that act together give way"
+        page.get_by_role("button", name="Generate").click()
+        page.get_by_text("2 pictures of one seed").wait_for(timeout=30_000)
+        base, mixture = page.locator("figure.picture img").all()
+        assert base.get_attribute("src") != mixture.get_attribute("src")
+        assert base.evaluate("img => img.naturalWidth") == 32
+        assert '"tuned2":0.6' in (page.locator("#curl").text_content() or "")
+        assert '"sha256"' in (page.locator("#provenance").text_content() or "")
+
+        page.get_by_role("button", name="Strip").click()
+        page.get_by_text("5 pictures of one seed").wait_for(timeout=30_000)
+        page.get_by_role("button", name="Triangle").click()
+        page.get_by_text("15 pictures of one seed").wait_for(timeout=30_000)
+        overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        assert overflow <= 0, "nothing sticks out sideways"
+        if folder := os.environ.get("CRAFTOR_SCREENSHOTS"):
+            page.screenshot(path=f"{folder}/playground-{width}.png", full_page=True)
+        assert errors == []
+        browser.close()

@@ -1,0 +1,333 @@
+"""The endpoint as its callers meet it: OpenAI's own client, mixtures, previews, limits, and every mistake a 4xx."""
+
+import base64
+import hashlib
+import io
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from craftor.diffuser import load
+from craftor.recipe import Model
+from craftor.serving.api import build_app
+from craftor.serving.service import Service, service
+from craftor.serving.settings import Serving
+from serving_parts import listening, write_tuned_bundle
+
+PROMPT = "a small red star"
+TOKENS = {"alice": "alice-secret", "bob": "bob-secret", "poor": "poor-secret"}
+ALICE = {"Authorization": "Bearer alice-secret"}
+
+
+@pytest.fixture(scope="module")
+def settings(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Serving:
+    folder = tmp_path_factory.mktemp("served")
+    base = load(Model(path=str(tiny / "pipeline")))
+    bundles = {f"tuned{seed}": str(write_tuned_bundle(tiny, base, folder, seed)) for seed in (1, 2)}
+    tokens = {name: {"sha256": hashlib.sha256(token.encode()).hexdigest()} for name, token in TOKENS.items()}
+    tokens["poor"]["requests_per_minute"] = 1
+    return Serving.model_validate(
+        {
+            "name": "tiny",
+            "model": {"path": str(tiny / "pipeline")},
+            "encoders": bundles,
+            "runs": str(folder),
+            "engine": {"bucket": 4, "queue_seconds": 60.0},
+            "limits": {
+                "images": 6,
+                "steps": 500,
+                "prompt_chars": 60,
+                "body_bytes": 4096,
+                "encoders": 2,
+                "sizes": ["32x48"],
+            },
+            "defaults": {"steps": 4, "guidance_scale": 3.0},
+            "tokens": tokens,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def served(settings: Serving) -> Iterator[Service]:
+    with service(settings) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def http(served: Service) -> Iterator[TestClient]:
+    with TestClient(build_app(served), headers=ALICE, raise_server_exceptions=False) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def url(served: Service) -> Iterator[str]:
+    with listening(served) as address:
+        yield address
+
+
+def ask(http: TestClient, **body: object) -> dict:
+    answer = http.post("/v1/images/generations", json={"prompt": PROMPT, "seed": 1, **body})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def pictures(answer: dict) -> list[bytes]:
+    return [base64.b64decode(one["b64_json"]) for one in answer["data"]]
+
+
+def test_openais_client_works_unchanged(url: str) -> None:
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="alice-secret", max_retries=0)
+    answer = client.images.generate(model="tiny", prompt=PROMPT, n=2, size="32x32", response_format="b64_json")
+    images = [Image.open(io.BytesIO(base64.b64decode(one.b64_json or ""))) for one in answer.data or []]
+    assert [image.size for image in images] == [(32, 32)] * 2
+    mixed = client.images.generate(prompt=PROMPT, extra_body={"mix": {"tuned1": 0.5}, "seed": 3})
+    assert mixed.data and mixed.data[0].provenance["mixture"][0]["weight"] == 0.5
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    with pytest.raises(openai.BadRequestError, match="size: '1x1' is not offered; allowed: auto, 32x32, 32x48"):
+        client.images.generate(prompt=PROMPT, size="1x1")
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0).models.list()
+
+
+def test_openais_client_streams_previews(url: str) -> None:
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="alice-secret", max_retries=0)
+    stream = client.images.generate(
+        prompt=PROMPT, stream=True, partial_images=2, extra_body={"seed": 5, "steps": 6, "mix": {"tuned2": 1.0}}
+    )
+    events = list(stream)
+    kinds = [event.type for event in events]
+    assert kinds == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
+    assert [event.partial_image_index for event in events[:2]] == [0, 1]
+    whole = client.images.generate(prompt=PROMPT, extra_body={"seed": 5, "steps": 6, "mix": {"tuned2": 1.0}})
+    assert events[-1].b64_json == whole.data[0].b64_json, "streamed or not, the same bytes"
+
+
+def test_a_picture_tells_where_it_came_from(http: TestClient, served: Service) -> None:
+    answer = ask(http, mix={"tuned1": {"weight": 0.5, "from": 800, "to": 100}, "base": 0.5}, steps=4)
+    (data,) = pictures(answer)
+    inside = json.loads(Image.open(io.BytesIO(data)).text["craftor"])
+    assert inside == answer["data"][0]["provenance"]
+    (member,) = inside["mixture"]
+    assert member["sha256"] == served.library.table["tuned1"].sha256
+    assert (member["weight"], member["from"], member["to"], member["steps"]) == (0.5, 800, 100, [1, 4])
+    assert inside["seed"] == 1 and inside["engine"]["bucket"] == 4 and inside["engine"]["mode"] == "strict"
+
+
+def test_each_encoder_acts_in_the_window_of_its_training(http: TestClient) -> None:
+    mixture = ask(http, mix={"tuned1": 1.0})["data"][0]["provenance"]["mixture"][0]
+    assert (mixture["from"], mixture["to"], mixture["steps"]) == (499, 0, [2, 4])
+
+
+def test_a_sweep_is_its_mixtures_one_by_one_with_the_same_seeds(http: TestClient) -> None:
+    mixes: list[dict] = [{}, {"tuned1": 0.5}, {"tuned1": 0.5, "tuned2": 0.5}]
+    swept = pictures(ask(http, sweep=mixes, n=2))
+    alone = [pictures(ask(http, mix=mix, seed=seed))[0] for mix in mixes for seed in (1, 2)]
+    assert swept == alone and len(set(swept)) == 6
+
+
+def test_the_same_bytes_under_load(http: TestClient) -> None:
+    body = {"mix": {"tuned1": 0.7}, "steps": 9, "seed": 42}
+    alone = pictures(ask(http, **body))
+    crowd = [
+        threading.Thread(
+            target=ask, args=(http,), kwargs={"n": 2, "steps": 3 + i, "guidance_scale": 1.0 + i % 3, "seed": i}
+        )
+        for i in range(8)
+    ]
+    for thread in crowd:
+        thread.start()
+    crowded = [pictures(ask(http, **body)) for _ in range(3)]
+    for thread in crowd:
+        thread.join()
+    assert crowded == [alone] * 3
+
+
+def test_urls_lead_to_the_same_bytes_for_a_while(http: TestClient, served: Service) -> None:
+    link = ask(http, response_format="url")["data"][0]["url"]
+    found = http.get(link, headers={"Authorization": ""})
+    assert found.headers["content-type"] == "image/png" and found.content == pictures(ask(http))[0]
+    assert http.get("/v1/images/..%2fsecret.png").status_code == 404
+    assert http.get(f"/v1/images/{'a' * 32}.png").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        ({"mix": {"none": 1.0}}, "mix.none", "no encoder 'none' is served here; there are: tuned1, tuned2"),
+        ({"mix": {"tuned1@champion": 1.0}}, "mix.tuned1@champion", "there are: tuned1, tuned2"),
+        ({"mix": {"tuned1": 0.7, "tuned2": 0.7}}, "mix", "sum to 1.4, allowed: up to 1"),
+        ({"mix": {"tuned1": -0.1}}, "mix", "weight is -0.1, allowed: 0 to 1"),
+        ({"mix": {"base": 0.5, "tuned1": 0.2}}, "mix", "base is 0.5 and the others sum to 0.2"),
+        ({"mix": {"tuned1": "much"}}, "mix.tuned1", "valid number"),
+        ({"mix": {"tuned1": {"weight": 1.0, "from": 10, "to": 500}}}, "mix.tuned1", "from = 10 comes before to = 500"),
+        ({"mix": {"tuned1": {"weight": 1.0, "until": 5}}}, "mix.tuned1.until", "not supported"),
+        ({"mix": {"tuned1": 0.1, "tuned2": 0.1, "base": 0.8}}, "mix", "3 encoders in one mixture, allowed: up to 2"),
+        ({"sweep": []}, "sweep", "at least 1"),
+        ({"sweep": [{}, {"none": 1.0}]}, "sweep.1.none", "no encoder 'none'"),
+        ({"sweep": [{}], "mix": {"tuned1": 1.0}}, "sweep", "stands in for mix"),
+        ({"sweep": [{}] * 7}, "sweep", "7 images of one request, allowed: up to 6"),
+        ({"prompt": "  "}, "prompt", "is empty"),
+        ({"prompt": "x" * 61}, "prompt", "61 characters, allowed: 60"),
+        ({"prompt": "a\x00b"}, "prompt", "control characters"),
+        ({"prompt": 3}, "prompt", "valid string (got 3)"),
+        ({"negative_prompt": "x" * 61}, "negative_prompt", "allowed: 60"),
+        ({"size": "33x33"}, "size", "'33x33' is not offered"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"n": 7}, "n", "7 images of one request, allowed: up to 6"),
+        ({"n": "2"}, "n", "valid integer"),
+        ({"seed": -1}, "seed", "greater than or equal to 0"),
+        ({"seed": 2**53}, "seed", "less than or equal to 9007199254740991"),
+        ({"seed": 2**53 - 1, "n": 2}, "seed", "is over"),
+        ({"steps": 501}, "steps", "501, allowed: up to 500"),
+        ({"steps": 0}, "steps", "greater than or equal to 1"),
+        ({"guidance_scale": 0.5}, "guidance_scale", "greater than or equal to 1"),
+        ({"guidance_scale": 1e9}, "guidance_scale", "allowed: up to 30"),
+        ({"scheduler": "magic"}, "scheduler", "'ddim', 'euler' or 'dpm_solver_2m'"),
+        ({"partial_images": 2}, "partial_images", "goes with stream"),
+        ({"style": "vivid"}, "style", "parameter not supported here: style"),
+        ({"quality": "hd"}, "quality", "Input should be 'auto'"),
+        ({"image": "x"}, "image", "parameter not supported here: image"),
+    ],
+)
+def test_mistakes_are_400_and_say_what_is_allowed(http: TestClient, body: dict, param: str, message: str) -> None:
+    answer = http.post("/v1/images/generations", json={"prompt": PROMPT, **body})
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["type"] == "invalid_request_error", answer.text
+    assert error["param"] == param and message in error["message"], error
+
+
+@pytest.mark.parametrize("weight", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_weights_that_are_not_finite_are_refused(http: TestClient, weight: str) -> None:
+    text = f'{{"prompt": "star", "mix": {{"tuned1": {weight}}}}}'
+    answer = http.post("/v1/images/generations", content=text, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400 and "allowed: 0 to 1" in answer.json()["error"]["message"], answer.text
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "code"),
+    [
+        (b"{", 400, "invalid_json"),
+        (b"", 400, "missing_parameter"),
+        (b"[]", 400, "invalid_value"),
+        (b"null", 400, "invalid_value"),
+        (b"\xff\xfe", 400, None),
+        (b"[" * 4000, 400, None),
+        (b'{"prompt": "' + b"x" * 5000 + b'"}', 413, "body_too_large"),
+    ],
+)
+def test_bodies_that_are_no_requests(http: TestClient, content: bytes, status: int, code: str | None) -> None:
+    headers = {"Content-Type": "application/json"}
+    for sent in (content, iter([content])):  # with a length and, chunked, without
+        answer = http.post("/v1/images/generations", content=sent, headers=headers)
+        error = answer.json()["error"]
+        assert answer.status_code == status and set(error) == {"message", "type", "param", "code"}
+    assert (
+        code is None
+        or http.post("/v1/images/generations", content=content, headers=headers).json()["error"]["code"] == code
+    )
+
+
+def test_unknown_models_paths_and_methods(http: TestClient) -> None:
+    wrong = http.post("/v1/images/generations", json={"prompt": PROMPT, "model": "dall-e-3"})
+    assert wrong.status_code == 404 and wrong.json()["error"]["message"] == "no model 'dall-e-3'; there is: tiny"
+    assert http.get("/v1/nothing").json()["error"]["message"] == "GET /v1/nothing: Not Found"
+    assert http.get("/v1/images/generations").status_code in (404, 405)
+    assert "422" not in http.get("/openapi.json").text
+
+
+def test_only_token_holders_come_in_and_each_has_its_rate(http: TestClient) -> None:
+    for header in (
+        "",
+        "Bearer",
+        "Bearer wrong",
+        "Basic alice-secret",
+        f"Bearer {hashlib.sha256(b'alice-secret').hexdigest()}",
+    ):
+        answer = http.get("/v1/encoders", headers={"Authorization": header})
+        assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+    poor = {"Authorization": "Bearer poor-secret"}
+    statuses = [
+        http.post("/v1/images/generations", json={"prompt": PROMPT, "steps": 1}, headers=poor) for _ in range(2)
+    ]
+    assert [answer.status_code for answer in statuses] == [200, 429]
+    assert statuses[1].json()["error"]["code"] == "rate_limit_exceeded" and int(statuses[1].headers["Retry-After"]) > 0
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_at_once(http: TestClient) -> None:
+    body = {"prompt": PROMPT, "steps": 500}
+    answer = http.post("/v1/images/generations", json=body, headers={"X-Deadline-Ms": "1"})
+    assert answer.status_code == 429 and answer.json()["error"]["code"] == "deadline"
+    assert int(answer.headers["Retry-After"]) >= 1
+    assert http.post("/v1/images/generations", json=body, headers={"X-Deadline-Ms": "soon"}).status_code == 400
+
+
+def test_jobs_are_cancelled_by_their_owner(http: TestClient, served: Service) -> None:
+    answers = []
+
+    def wait_for_it() -> None:
+        headers = {"X-Job-Id": "mine"}
+        answers.append(http.post("/v1/images/generations", json={"prompt": PROMPT, "steps": 500}, headers=headers))
+
+    thread = threading.Thread(target=wait_for_it)
+    thread.start()
+    until = time.monotonic() + 20
+    while served.engine.load().running == 0 and time.monotonic() < until:
+        time.sleep(0.005)
+    assert http.delete("/v1/jobs/mine", headers={"Authorization": "Bearer bob-secret"}).status_code == 404
+    again = http.post("/v1/images/generations", json={"prompt": PROMPT}, headers={"X-Job-Id": "mine"})
+    assert again.status_code == 409
+    assert http.delete("/v1/jobs/mine").json()["cancelled_images"] == 1
+    thread.join()
+    assert answers[0].status_code == 499 and answers[0].json()["error"]["code"] == "cancelled"
+    assert http.delete("/v1/jobs/mine").status_code == 404
+
+
+def test_who_hangs_up_frees_the_engine(url: str, served: Service) -> None:
+    import httpx
+
+    for stream in (False, True):
+        with httpx.Client(base_url=url, headers=ALICE) as client:
+            body = {
+                "prompt": PROMPT,
+                "steps": 500,
+                "n": 4,
+                "stream": stream,
+                **({"partial_images": 3} if stream else {}),
+            }
+            with (
+                pytest.raises(httpx.ReadTimeout),
+                client.stream("POST", "/v1/images/generations", json=body, timeout=0.3) as s,
+            ):
+                for _ in s.iter_bytes():
+                    time.sleep(0)
+        until = time.monotonic() + 10
+        while served.engine.load() != type(served.engine.load())(0, 0) and time.monotonic() < until:
+            time.sleep(0.01)
+        assert served.engine.load().running == 0 and served.engine.load().waiting == 0, stream
+
+
+def test_what_operators_read(http: TestClient) -> None:
+    ask(http)
+    assert http.get("/healthz", headers={"Authorization": ""}).json() == {"alive": True}
+    ready = http.get("/readyz").json()
+    assert ready["ready"] and not ready["degraded"] and set(ready["encoders"]) == {"tuned1", "tuned2"}
+    text = http.get("/metrics").text
+    for metric in ("queue_wait_seconds_bucket", "step_seconds_sum", "slots_used_total", "prompt_cache_total"):
+        assert f"craftor_{metric}" in text
+    assert 'craftor_http_requests_total{route="/v1/images/generations",status="200"}' in text
+    assert 'craftor_batch_stops_total{reason="nothing_waiting"}' in text
+    encoders = http.get("/v1/encoders").json()["data"]
+    assert [e["id"] for e in encoders] == ["tuned1", "tuned2"] and encoders[0]["window"] == {"from": 499, "to": 0}
+    assert "clip" in encoders[0]["rewards"]
+
+
+def test_pages_elsewhere_may_not_call(http: TestClient) -> None:
+    answer = http.get("/v1/models", headers={"Origin": "https://elsewhere.example"})
+    assert "access-control-allow-origin" not in answer.headers
