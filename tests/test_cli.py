@@ -68,4 +68,4 @@ def test_brackets_in_a_message_are_printed(tiny_recipe: Path, tmp_path: Path) ->
 
 def test_resume_needs_a_run(tmp_path: Path) -> None:
     assert "no run to resume there" in craftor("train", "--resume", tmp_path).stderr
-    assert "give either a recipe or --resume RUN" in craftor("train").stderr
+    assert "give a recipe, or --resume RUN" in craftor("train").stderr

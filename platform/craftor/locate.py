@@ -41,11 +41,15 @@ def absolute(recipe: Recipe) -> Recipe:
         task = task.model_copy(update={"prefix": prefix})
     if evaluation is not None:
         evaluation = evaluation.model_copy(update={"prompts": fix(evaluation.prompts)})
+    storage = recipe.run.storage
+    if storage is not None and "://" not in storage:
+        storage = str(Path(storage).resolve())
     return recipe.model_copy(
         update={
             "model": recipe.model.model_copy(
                 update={"path": fix(recipe.model.path), "text_encoder": encoder and fix(encoder)}
             ),
+            "run": recipe.run.model_copy(update={"storage": storage}),
             "data": recipe.data.model_copy(update={"path": fix(recipe.data.path)}),
             "task": task,
             "evaluation": evaluation,

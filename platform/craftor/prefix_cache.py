@@ -23,6 +23,7 @@ from craftor.prefix import PrefixActor
 from craftor.prompts import Prepared
 from craftor.recipe import Recipe, RewardTuning
 from craftor.stage import ReadShare, opened
+from craftor.stream import slots
 
 MANIFEST = "prefix.json"
 SAMPLES_PER_PART = 1024
@@ -103,15 +104,16 @@ class Fill:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         (part,) = (int(p) for p in batch["part"])
-        run, share = self.recipe.run, self.recipe.share
-        # Each share of a step is a batch of its own, as the workers will read it.
-        shares = ReadShare(self.rows, self.num_rows, share, 0, share, 0)
-        first = part * self.steps_per_part * self.recipe.workers.num
-        last = min((part + 1) * self.steps_per_part, run.num_steps) * self.recipe.workers.num
+        run, num_workers = self.recipe.run, self.recipe.workers.most
+        reader = ReadShare(self.rows, self.num_rows, run.batch_size, 0, run.batch_size, 0)
         columns: list[dict[str, np.ndarray]] = []
-        for number in range(first, last):
-            rows = opened(shares({"id": np.array([number])}))
-            columns.append(self.prefix({**rows.columns, "position": np.array(rows.position)}))
+        for step in range(part * self.steps_per_part, min((part + 1) * self.steps_per_part, run.num_steps)):
+            # Each share of a step is a batch of its own, as the workers will read it.
+            for rank in range(num_workers):
+                own = slots(run.batch_size, rank, num_workers)
+                first = step * run.batch_size
+                rows = opened(reader.read(range(first + own.start, first + own.stop)))
+                columns.append(self.prefix({**rows.columns, "position": np.array(rows.position)}))
         table = pyarrow.table({name: list(np.concatenate([c[name] for c in columns])) for name in columns[0]})
         table = table.set_column(table.column_names.index("index"), "index", table["position"])
         filesystem, folder = fsspec.core.url_to_fs(self.url)
