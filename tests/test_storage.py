@@ -111,6 +111,7 @@ def test_a_home_that_cannot_be_one_is_refused() -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_run_outlives_an_unwritable_home(tiny_recipe: Path, tmp_path: Path) -> None:
     """A file lies where checkpoints should go until step 9; then it goes away. Same bits, and nothing saved is lost."""
@@ -136,6 +137,7 @@ def test_a_run_outlives_an_unwritable_home(tiny_recipe: Path, tmp_path: Path) ->
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_run_whose_last_checkpoint_cannot_be_written_fails_by_name(tiny_recipe: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
