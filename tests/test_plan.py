@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from craftor import calibrate
 from craftor.devices import DEVICES
-from craftor.estimate import Prediction, calls, count, predict, summary
+from craftor.estimate import Prediction, calls, count, counting, predict, summary
 from craftor.memory import graph_size
 from craftor.recipe import Denoising, Recipe, RecipeError, load
 from craftor.tasks import build
@@ -29,7 +28,7 @@ def test_counted_work_is_what_a_step_does(tiny_recipe: Path, window: dict) -> No
     recipe = load(tiny_recipe, {"task.window": window})
     task = build(recipe)
     rows = calibrate.sample_rows(task.diffuser.tokenize([calibrate.PROMPT] * 8), recipe)
-    with FlopCounterMode(display=False) as counter:
+    with counting() as counter:
         task.step(rows)
     assert sum(count(recipe).flops.values()) == pytest.approx(counter.get_total_flops() / 8, rel=0.05)
 

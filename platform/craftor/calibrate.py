@@ -7,9 +7,8 @@ from statistics import median
 import numpy as np
 import psutil
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from craftor.estimate import Prediction, Work
+from craftor.estimate import Prediction, Work, counting
 from craftor.recipe import Recipe
 from craftor.stream import IDS, Rows
 from craftor.tasks import build
@@ -31,7 +30,7 @@ def predict(recipe: Recipe, work: Work) -> Prediction:
     at_once = min(share, recipe.run.micro_batch or share)
     rows = sample_rows(task.diffuser.tokenize([PROMPT] * min(at_once, SAMPLES)), recipe)  # type: ignore[attr-defined]
     size = len(rows.position)
-    with FlopCounterMode(display=False) as counter:
+    with counting() as counter:
         task.step(rows)
     flops = counter.get_total_flops() / size
     base = psutil.Process().memory_info().rss

@@ -189,6 +189,25 @@ def reward_parts(recipe: Recipe, side: int) -> list[Part]:
     return parts
 
 
+class Whole:
+    """In place of torch's tracker of modules, whose hooks refuse gradients asked for at a module's own input."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def counting() -> FlopCounterMode:
+    """A counter of all operations in its block, whatever module they are in."""
+    counter: Any = FlopCounterMode(display=False)
+    counter.mod_tracker = Whole()
+    return counter
+
+
 def measure(module: nn.Module, run: Callable[[], Tensor]) -> Part:
     """Count a call forth and back; storages are told apart by identity, for on the meta device they have no address."""
     own = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
@@ -201,13 +220,13 @@ def measure(module: nn.Module, run: Callable[[], Tensor]) -> Part:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        with FlopCounterMode(display=False) as counter:
+        with counting() as counter:
             output = run()
         forward = counter.get_total_flops()
     size = sum(storage.nbytes() for storage in held.values())
     backward = 0
     if output.requires_grad:
-        with FlopCounterMode(display=False) as counter:
+        with counting() as counter:
             output.sum().backward()
         backward = counter.get_total_flops()
     return Part(forward, backward, size, sum(parameter.numel() for parameter in module.parameters()))
