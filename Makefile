@@ -4,7 +4,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # One arithmetic thread per process: workers set their own, and results are reproducible bit for bit.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install dev quickstart check format test bench-train bench-rewards bench-search clean
+.PHONY: install dev quickstart check format test bench-train bench-rewards bench-search bench-scale clean
 
 install: .venv/.installed
 dev: .venv/.dev
@@ -46,6 +46,9 @@ bench-rewards: .venv/.dev
 
 bench-search: .venv/.dev
 	PYTHONPATH=tests $(BIN)/python -W ignore -m benchmarks.search
+
+bench-scale: .venv/.dev
+	PYTHONPATH=tests $(BIN)/python -W ignore -m benchmarks.scale
 
 clean:
 	rm -rf .venv runs dist

@@ -67,4 +67,4 @@ def test_brackets_in_a_message_are_printed(tiny_recipe: Path) -> None:
 
 def test_resume_needs_a_run(tmp_path: Path) -> None:
     assert "no run there" in craftor("train", "--resume", tmp_path).stderr
-    assert "give either a recipe or --resume RUN" in craftor("train").stderr
+    assert "give a recipe, or --resume RUN" in craftor("train").stderr

@@ -18,7 +18,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from craftor import checkpoint, job, registry, tracking
+from craftor import checkpoint, job, ledger, registry, tracking
 from craftor.fit import METRICS, TrainingStopped
 from craftor.recipe import RecipeError, load
 
@@ -98,6 +98,7 @@ def test_four_workers_give_the_losses_of_one(uninterrupted: Path, runs: Path, ti
     out = runs / "four-workers"
     run(tiny_recipe, out, workers__num=4, run__num_steps=4, optimizer__cosine_from=1.0)
     assert len(lines(out)) == 4
+    assert ledger.audit(out) == ledger.Audit(4, 16, epochs=2, remainder=0, num_rows=8, workers=[4])
     for ours, alone in zip(lines(out), lines(uninterrupted), strict=False):
         for name in ("loss", "total", "clip", "pick", "grad_norm"):
             assert ours[name] == pytest.approx(alone[name], rel=1e-5, abs=1e-5), (ours["step"], name)
@@ -162,6 +163,13 @@ def test_the_folder_of_another_run_is_refused(uninterrupted: Path, tiny_recipe: 
         run(tiny_recipe, uninterrupted)
 
 
+def test_another_recipe_is_shown_and_refused_unless_accepted(uninterrupted: Path, tiny_recipe: Path) -> None:
+    other = load(tiny_recipe, {"optimizer.lr": 2e-3, "run.checkpoint_every": 5})
+    with pytest.raises(RecipeError, match=r"checkpoint_every: there 4, here 5.*--accept") as refused:
+        job.resume(uninterrupted, other)
+    assert "optimizer.lr: there 0.001, here 0.002" in str(refused.value) and "seed" not in str(refused.value)
+
+
 def test_rows_that_changed_since_are_refused(uninterrupted: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(uninterrupted, copy)
@@ -176,6 +184,7 @@ def assert_same_run(ours: Path, expected: Path) -> None:
     found, wanted = weights(ours), weights(expected)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert [r["loss"] for r in lines(ours)] == [r["loss"] for r in lines(expected)]
+    assert ledger.audit(ours) == ledger.audit(expected)
 
 
 def lines_written(out: Path) -> list[str]:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-MANIFEST = "manifest.json"
+MANIFEST, WRITING = "manifest.json", ".writing-"
 
 
 def save(
@@ -30,22 +30,47 @@ def save(
     state: dict,
 ) -> Path:
     """Write the checkpoint after `step` optimiser steps; `average` is the moving average of the weights, if kept."""
-    final = run_dir / "checkpoints" / f"step-{step:06d}"
-    temporary = final.with_name(f".writing-{final.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / "trainer").mkdir(parents=True)
-    save_module(temporary)
-    save_file(_optimizer_tensors(module, optimizer), temporary / "trainer" / "optimizer.safetensors")
+    folder = begin(run_dir, step)
+    write(folder, step, save_module=save_module, module=module, optimizer=optimizer, average=average, state=state)
+    return complete(folder)
+
+
+def begin(run_dir: Path, step: int) -> Path:
+    """An empty folder under a temporary name."""
+    folder = run_dir / "checkpoints" / f"{WRITING}step-{step:06d}"
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "trainer").mkdir(parents=True)
+    return folder
+
+
+def write(
+    folder: Path,
+    step: int,
+    *,
+    save_module: Callable[[Path], None],
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: dict[str, Tensor] | None,
+    state: dict,
+) -> None:
+    """Fill it from the live modules; what follows needs them no more."""
+    save_module(folder)
+    save_file(_optimizer_tensors(module, optimizer), folder / "trainer" / "optimizer.safetensors")
     weights = {name: p.detach().contiguous() for name, p in trained(module).items()}
-    save_file(weights, temporary / "trainer" / "module.safetensors")
+    save_file(weights, folder / "trainer" / "module.safetensors")
     if average is not None:
-        save_file(average, temporary / "trainer" / "average.safetensors")
-    (temporary / "trainer" / "state.json").write_text(json.dumps({**state, "step": step}, indent=2))
-    (temporary / MANIFEST).write_text(json.dumps(digests(temporary), indent=2))
-    _sync(temporary)
+        save_file(average, folder / "trainer" / "average.safetensors")
+    (folder / "trainer" / "state.json").write_text(json.dumps({**state, "step": step}, indent=2))
+
+
+def complete(folder: Path) -> Path:
+    """Hash, push to the disk, and give it its name, replacing a checkpoint of the same step."""
+    final = folder.with_name(folder.name.removeprefix(WRITING))
+    (folder / MANIFEST).write_text(json.dumps(digests(folder), indent=2))
+    _sync(folder)
     shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
-    _sync(final.parent)
+    folder.rename(final)
+    _sync_one(final.parent)
     return final
 
 
@@ -118,6 +143,10 @@ def _sha256(path: Path) -> str:
 def _sync(folder: Path) -> None:
     """Push a folder's files and names to the disk, so that a rename never outruns the data."""
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

@@ -51,20 +51,28 @@ def quickstart(out: Out = None, overrides: Set = None) -> None:
 @app.command()
 def train(
     recipe: Annotated[Path | None, typer.Argument(help="A TOML recipe.")] = None,
-    resume: Annotated[Path | None, typer.Option("--resume", help="Go on with the run in this folder.")] = None,
+    resume: Annotated[str | None, typer.Option("--resume", help="Go on with the run in this folder, or URL.")] = None,
     out: Out = None,
     overrides: Set = None,
+    accept: Annotated[bool, typer.Option("--accept", help="Resume by a recipe that differs from the run's.")] = False,
 ) -> None:
     """Run a recipe, or go on with an interrupted run."""
-    if (recipe is None) == (resume is None):
-        raise RecipeError("give either a recipe or --resume RUN")
+    if recipe is None and resume is None:
+        raise RecipeError("give a recipe, or --resume RUN")
     if resume is not None:
-        if overrides or out:
+        away = "://" in resume
+        if (overrides and recipe is None) or (out and not away):
             raise RecipeError("--resume goes on with the run's own recipe and folder; --set and --out do not apply")
         load_run(resume)
         from craftor.job import resume as go_on
 
-        trained = go_on(resume)
+        folder = Path(resume)
+        if away:
+            from craftor.storage import get_run
+
+            folder = out or Path("runs") / resume.rstrip("/").rsplit("/", 1)[1]
+            get_run(resume.rstrip("/"), folder)
+        trained = go_on(folder, load(recipe, _overrides(overrides)) if recipe else None, accept)
     else:
         assert recipe is not None
         checked = load(recipe, _overrides(overrides))
@@ -192,12 +200,77 @@ def sync(run: Annotated[Path, typer.Argument(help="A run folder whose MLflow ser
     print(send(run).registered)
 
 
+@app.command()
+def audit(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Prove from a run's ledger that its steps used every sample of an epoch exactly once, through all restarts."""
+    from craftor.ledger import audit as prove
+
+    found = prove(run)
+    print(
+        f"{found.steps} steps used {found.samples} samples: {found.epochs} epochs of {found.num_rows}, each sample "
+        f"once, and {found.remainder} samples of the next; on {' then '.join(map(str, found.workers))} workers"
+    )
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A recipe whose weights, prompts and storage to look for.")
+    ] = None,
+    out: Out = None,
+    overrides: Set = None,
+) -> None:
+    """Check the cluster of RAY_ADDRESS, or this machine: versions, GPUs, attention, storage, MLflow, weights, token."""
+    checked = load(recipe, _overrides(overrides)) if recipe else None
+    from craftor.cluster import ray_session
+    from craftor.console import findings_table
+    from craftor.doctor import examine
+
+    folder = out or Path("runs") / (checked.name if checked else "doctor")
+    with ray_session(0):
+        findings = examine(checked, recipe or Path("recipe"), folder, "RAY_ADDRESS" in os.environ)
+    Console().print(findings_table(findings))
+    raise typer.Exit(any(finding.verdict == "failure" for finding in findings))
+
+
+@app.command()
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="A reward-tuning recipe.")],
+    gpu: Annotated[str, typer.Option(help="A device by name, or cpu: this machine, measured for ten seconds.")] = "cpu",
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
+    price: Annotated[
+        float | None, typer.Option(help="Dollars for an hour of one device; by default a list price.")
+    ] = None,
+    overrides: Set = None,
+) -> None:
+    """Predict whether a recipe fits, its speed, time and cost, and where the time goes."""
+    checked = load(recipe, _overrides(overrides))
+    from craftor.devices import DEVICES
+
+    if gpu not in ("cpu", *DEVICES):
+        raise RecipeError(f"--gpu {gpu}: unknown; allowed: cpu, {', '.join(DEVICES)}")
+    check(checked, recipe)
+    from craftor import calibrate, estimate
+
+    work = estimate.count(checked)
+    if gpu == "cpu":
+        num_workers, found = checked.workers.most, calibrate.predict(checked, work)
+    else:
+        device, num_workers = DEVICES[gpu], nodes * gpus_per_node
+        rate = device.dollars_per_hour if price is None else price
+        found = estimate.predict(work, checked, device, num_workers, nodes, rate)
+    for name, said in estimate.summary(checked, found, gpu, num_workers):
+        print(f"{name:11s} {said}")
+    raise typer.Exit(not found.fits)
+
+
 def _overrides(texts: list[str] | None) -> dict[str, Any]:
     return dict(parse_override(text) for text in texts or [])
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one line on stderr and exit code 2, never a traceback."""
+    """Entry point: a user's mistake is one line on stderr and exit code 2, never a traceback; SIGTERM ends in 143."""
     # Read by these libraries when they are imported, later; `quiet` does the rest.
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "MLFLOW_LOGGING_LEVEL"):
         os.environ.setdefault(name, "ERROR" if name.startswith("MLFLOW") else "error")
@@ -213,4 +286,4 @@ def main() -> None:
 
 def _fail(error: Exception) -> None:
     console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-    raise SystemExit(2)
+    raise SystemExit(getattr(error, "exit_code", 2))

@@ -1,10 +1,15 @@
 """Start or join Ray, quietly: our one live line instead of its logs."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from craftor.recipe import Workers
 
 
 @contextmanager
@@ -20,6 +25,8 @@ def ray_session(num_workers: int) -> Iterator[None]:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         # Nobody preempts a node of one's own machine, and a watcher is one more process that imports all of Ray Train.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    # In a submitted job ours add to its environment, instead of being refused where both name PYTHONPATH.
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     import ray
     import ray.data
 
@@ -45,12 +52,49 @@ def ray_session(num_workers: int) -> Iterator[None]:
             ray.shutdown()
 
 
+class TooFewResources(ValueError):
+    """The cluster had no room for a run's least number of workers in the time it was given."""
+
+
+def await_workers(workers: "Workers") -> None:
+    """Wait, with a message, until the cluster has room for the least number of workers; an autoscaler is asked for it.
+
+    Raises TooFewResources after `workers.timeout_s`.
+    """
+    import ray
+    from ray.autoscaler.sdk import request_resources
+
+    wanted = {"GPU": workers.least} if workers.gpu else {"CPU": workers.least}
+    (name, amount), deadline, said = *wanted.items(), time.monotonic() + workers.timeout_s, False
+    while (there := ray.cluster_resources().get(name, 0)) < amount:
+        if not said:
+            print(
+                f"waiting for {amount} {name}s: the cluster has {there:g} (workers.timeout_s = {workers.timeout_s:g})"
+            )
+            request_resources(bundles=[{"CPU": 1, **{name: 1}}] * workers.least)
+            said = True
+        if time.monotonic() > deadline:
+            raise TooFewResources(
+                f"workers.num = {workers.num} wants {amount} {name}s at least; the cluster has {there:g} after "
+                f"{workers.timeout_s:g} s (workers.timeout_s); allowed: a smaller workers.num, or [least, most]"
+            )
+        time.sleep(1)
+    if said:
+        request_resources(bundles=[])
+
+
+def alive_nodes() -> list[dict[str, Any]]:
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
 def _worker_environment() -> dict[str, str]:
     """Offline hubs stay offline in the workers, and an uninstalled checkout is importable there."""
     passed = ("HF_HUB_OFFLINE", "HF_HOME", "TRANSFORMERS_OFFLINE", "TOKENIZERS_PARALLELISM")
     environment = {name: os.environ[name] for name in passed if name in os.environ}
     roots = [
-        str(Path(spec.origin).parents[1])
+        str(Path(spec.origin).resolve().parents[1])
         for name in ("craftor", "craftor_rewards")
         if (spec := find_spec(name)) and spec.origin
     ]

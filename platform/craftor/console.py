@@ -3,11 +3,12 @@
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -17,6 +18,9 @@ from rich.text import Text
 from craftor.guards import OTHERS, STATISTICS
 from craftor.statistics import decimals, excludes_zero
 from craftor.verdict import ordered
+
+if TYPE_CHECKING:
+    from craftor.doctor import Finding
 
 _POLL_SECONDS, _PLAIN_EVERY = 0.25, 10
 
@@ -180,6 +184,18 @@ def table(metrics: dict[str, dict]) -> Table:
             f"{row['win_rate']:.0%}",
             Text("held out" if row.get("held_out") else "", style="cyan"),
         )
+    return result
+
+
+def findings_table(findings: "Sequence[Finding]") -> Table:
+    """`craftor doctor`'s findings; what failed has its remedy below."""
+    result = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    for finding in findings:
+        mark, style = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "failure": ("✗", "red")}[finding.verdict]
+        said = Text(finding.said)
+        if finding.remedy:
+            said.append(f"\n→ {finding.remedy}", style="cyan")
+        result.add_row(Text(mark, style=style), Text(finding.check, style="bold"), said)
     return result
 
 

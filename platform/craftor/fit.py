@@ -7,30 +7,33 @@ run's folder.
 """
 
 import json
-import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from fractions import Fraction
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
 import ray.train
 import torch
-from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer, get_device
 from torch import Tensor, nn
 
-from craftor import checkpoint, reward_actors, stage, stream, watch
-from craftor.pictures import save_sheet
+from craftor import checkpoint, chief, interruption, ledger, reward_actors, stage, storage, straggler, stream, watch
+from craftor.collective import agreed, average_gradients, gather
+from craftor.interruption import Interrupted, Next
 from craftor.probe import Probe
-from craftor.recipe import Optimizer, Recipe, Reward, RewardTuning, Tuning
+from craftor.recipe import Recipe, Reward, RewardTuning, Tuning
 from craftor.reward_actors import RewardFailed
-from craftor.run_files import FAILURE, METRICS, MetricsLog, report_failure, report_gradient, write_json
+from craftor.run_files import FAILURE, METRICS, report_failure, report_gradient, write_json
+from craftor.saver import CheckpointMissed
 from craftor.tasks import Task, build
+from craftor.updates import averaged, drift, lr_factor, update_average
 
 __all__ = ["FAILURE", "METRICS", "TrainingStopped", "fit", "train_worker", "write_json"]
-BUCKET = 25_000_000
 
 
 class TrainingStopped(RuntimeError):
@@ -46,13 +49,25 @@ def fit(recipe: Recipe, run_dir: Path, rows: Path | str, num_rows: int, trial: d
     Raises TrainingStopped when a sample's loss is not finite, when a reward's actors fail, or by a rule of `[guards]`:
     at once where that has happened before.
     """
+    url = recipe.run.storage
     (run_dir / FAILURE).unlink(missing_ok=True)
+    if url is not None:
+        storage.remove(f"{url}/{FAILURE}")
     if watch.ended(run_dir) is None:
         try:
-            with reward_actors.running(_rewards(recipe)) as scope:
-                _train(recipe, run_dir, rows, num_rows, scope, trial or {})
+            with (
+                reward_actors.running(_rewards(recipe)) as scope,
+                interruption.heeding_sigterm() as (request, sigterm),
+                storage.mirrored(url, run_dir),
+            ):
+                _train(recipe, run_dir, rows, num_rows, {"reward_scope": scope, "stop_request": request}, trial or {})
         except RewardFailed as error:
             raise TrainingStopped(str(error)) from None
+        except TrainingFailedError:
+            if not (run_dir / FAILURE).exists():
+                raise
+        if sigterm.came and not (run_dir / FAILURE).exists():
+            _raise_if_unfinished(recipe, run_dir)
     if (run_dir / FAILURE).exists():
         raise TrainingStopped(json.loads((run_dir / FAILURE).read_text())["message"])
     return _final_checkpoint(run_dir)
@@ -63,8 +78,18 @@ def _rewards(recipe: Recipe) -> dict[str, Reward]:
     return {name: reward for name, reward in rewards.items() if reward.in_training}
 
 
+def _raise_if_unfinished(recipe: Recipe, run_dir: Path) -> None:
+    last = checkpoint.latest(run_dir)
+    step = 0 if last is None else checkpoint.step_of(last)
+    if step < recipe.run.num_steps and watch.ended(run_dir) is None:
+        raise Interrupted(
+            f"stopped by SIGTERM; step {step} of {recipe.run.num_steps} is saved. Go on with: "
+            f"craftor train --resume {recipe.run.storage or run_dir}"
+        )
+
+
 def _train(
-    recipe: Recipe, run_dir: Path, rows: Path | str, num_rows: int, reward_scope: str, trial: dict[str, Any]
+    recipe: Recipe, run_dir: Path, rows: Path | str, num_rows: int, handles: dict[str, Any], trial: dict[str, Any]
 ) -> None:
     """The workers' loop, again from the last checkpoint where a worker dies."""
     context = ray.data.DataContext.get_current()
@@ -77,20 +102,23 @@ def _train(
             "run_dir": str(run_dir.resolve()),
             "rows": str(rows.resolve()) if isinstance(rows, Path) else rows,
             "num_rows": num_rows,
-            "reward_scope": reward_scope,
             "probe": trial.get("probe"),
+            **handles,
         },
         scaling_config=ScalingConfig(
-            num_workers=recipe.workers.num, use_gpu=recipe.workers.gpu, resources_per_worker=trial.get("resources")
+            num_workers=recipe.workers.num,
+            use_gpu=recipe.workers.gpu,
+            resources_per_worker=trial.get("resources"),
+            elastic_resize_monitor_interval_s=recipe.workers.resize_s,
         ),
         datasets={"rows": stream.read(rows)},
         # Every worker sees the whole ordered stream and takes its slots: see `stream`.
         dataset_config=DataConfig(datasets_to_split=[], execution_options=context.execution_options),
         run_config=RunConfig(
             name="ray",
-            storage_path=str((run_dir / "ray").resolve()),
             failure_config=FailureConfig(max_failures=3),
             callbacks=trial.get("callbacks"),
+            **storage.for_ray(run_dir, recipe),
         ),
     ).fit()
 
@@ -116,22 +144,36 @@ def _final_checkpoint(run_dir: Path) -> Path:
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """One Ray Train worker. A reward that fails is written into the run's folder, for `fit` to raise."""
-    run_dir = Path(config["run_dir"])
-    if (run_dir / FAILURE).exists():
-        return  # a reward failed, and Ray Train has started all workers again
-    try:
-        _steps(config)
-    except RewardFailed as error:
-        write_json(run_dir / FAILURE, {"message": f"{error}\nThe last checkpoint stands"})
-        if ray.train.get_context().get_world_size() > 1:
+    """One Ray Train worker. What cannot be mended by starting again is written down, for `fit` to raise."""
+    with _folder(config) as run_dir:
+        if (run_dir / FAILURE).exists():
+            return  # Ray Train has started all workers again
+        try:
+            _steps(config, run_dir)
+        except (RewardFailed, CheckpointMissed) as error:
+            write_json(run_dir / FAILURE, {"message": f"{error}\nThe last checkpoint stands"})
             raise  # the others wait for this worker's gradient: Ray Train ends them all
+        finally:
+            if (url := config["recipe"]["run"]["storage"]) is not None and (run_dir / FAILURE).exists():
+                storage.put(run_dir / FAILURE, f"{url}/{FAILURE}")
 
 
-def _steps(config: dict[str, Any]) -> None:
+@contextmanager
+def _folder(config: dict[str, Any]) -> Iterator[Path]:
+    """The run's own, or where its home is a URL, a folder of this worker's with what it goes on from."""
+    if (url := config["recipe"]["run"]["storage"]) is None:
+        yield Path(config["run_dir"])
+        return
+    with TemporaryDirectory(prefix="craftor-") as folder:
+        storage.get_small(url, Path(folder))
+        storage.get_latest(url, Path(folder))
+        yield Path(folder)
+
+
+def _steps(config: dict[str, Any], run_dir: Path) -> None:
     """Restore, then step to the end."""
     recipe = Recipe.model_validate(config["recipe"])
-    run_dir, settings = Path(config["run_dir"]), recipe.optimizer
+    settings = recipe.optimizer
     torch.set_num_threads(recipe.workers.threads)
     torch.manual_seed(recipe.seed)
     torch.use_deterministic_algorithms(True)
@@ -150,65 +192,65 @@ def _steps(config: dict[str, Any]) -> None:
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
     original = {name: p.detach().clone() for name, p in trained.items()}
     average = {name: p.clone() for name, p in original.items()} if settings.ema_decay else None
-    step = 0
-    if (last := checkpoint.latest(run_dir)) is not None:
-        step = checkpoint.restore(last, module=task.module, optimizer=optimizer, average=average)
-        task.restore(json.loads((last / "trainer" / "state.json").read_text()).get("task", {}))
-    log = MetricsLog(run_dir / METRICS, step) if rank == 0 else None
-    rules = recipe.guards.rules if isinstance(recipe.task, Tuning) else ()
-    guard = watch.Watch(rules, run_dir, run_dir / METRICS, step) if rank == 0 else None
-    may_end = any(rule.action != "warn" for rule in rules)
-    probe = Probe(config["probe"], recipe, task, run_dir, step, rank) if config["probe"] else None
+    step, past = chief.resume(run_dir, task, optimizer, average)
+    pace = straggler.Watch(rank, world_size)
+    preemptions = interruption.Preemptions()
+    slots = [len(stream.slots(recipe.run.batch_size, r, world_size)) for r in range(world_size)]
+    book = ledger.Ledger(recipe, config["num_rows"], slots, past)
+    # What one sample of this worker counts, so that the mean over workers is the mean over the batch.
+    weight = Fraction(world_size, recipe.run.batch_size)
     shares = open_stream(recipe, config, rank, world_size, step)
+    probe = Probe(config["probe"], recipe, task, run_dir, step, rank) if config["probe"] else None
     if probe is not None and probe.missed:
         report_scores(probe, step, task, average)
-    started = time.perf_counter()
-    while step < recipe.run.num_steps:
-        rows = next(shares)
-        optimizer.zero_grad()
-        if task.needs_start:
-            task.observe(gather(accumulate(task, rows, recipe.run.micro_batch), world_size))
+    with chief.Chief(recipe, run_dir, step, config["stop_request"]) if rank == 0 else nullcontext() as lead:
+        while step < recipe.run.num_steps:
+            rows = next(shares)
             optimizer.zero_grad()
-        metrics = gather(accumulate(task, rows, recipe.run.micro_batch), world_size)
-        if not all(values.isfinite().all() for values in metrics.values()):
-            report_failure(run_dir, rows, recipe, metrics, rank)
-            return
-        figures = task.observe(metrics)
-        average_gradients(list(trained.values()), world_size)
-        norm = nn.utils.clip_grad_norm_(trained.values(), settings.clip_norm)
-        if not norm.isfinite():
-            report_gradient(run_dir, step, norm, rank)
-            return
-        for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * lr_factor(settings, step, recipe.run.num_steps)
-        optimizer.step()
-        update_average(average, task.module, settings.ema_decay, step)
-        step += 1
-        if step == 1:
-            task.assert_frozen()
-            idle = [name for name, p in trained.items() if p.grad is None]
-            assert not idle, f"no gradient reaches {idle}: it would not train"
-        ends = False
-        if log is not None and guard is not None:
-            now = time.perf_counter()
-            record = {
-                "step": step,
-                **figures,
-                "grad_norm": norm.item(),
-                "lr": optimizer.param_groups[0]["lr"],
-                "drift": drift(task.module, original),
-                "images_per_second": recipe.run.batch_size / (now - started),
-            }
-            log.write(record)
-            started = now
-            # Before the checkpoint: a run that goes on from it has heard what there was to say of its steps.
-            ends = guard.ends(record, task.pictures())
-            if step % recipe.run.checkpoint_every == 0 or step == recipe.run.num_steps:
-                save(recipe, run_dir, step, task, optimizer, average)
-        if may_end and agreed(ends, world_size, device):
-            return
-        if probe is not None and probe.due(step):
-            report_scores(probe, step, task, average)
+            if task.needs_start:
+                task.observe(gather(accumulate(task, rows, recipe.run.micro_batch, weight), slots))
+                optimizer.zero_grad()
+            begun = time.perf_counter()
+            own = accumulate(task, rows, recipe.run.micro_batch, weight)
+            slow = pace.after(begun)
+            metrics = gather(own, slots)
+            if not all(values.isfinite().all() for values in metrics.values()):
+                report_failure(run_dir, rows, recipe, metrics)
+                return
+            figures = task.observe(metrics)
+            average_gradients(list(trained.values()), world_size)
+            norm = nn.utils.clip_grad_norm_(trained.values(), settings.clip_norm)
+            if not norm.isfinite():
+                report_gradient(run_dir, step, norm, rank)
+                return
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * lr_factor(settings, step, recipe.run.num_steps)
+            optimizer.step()
+            update_average(average, task.module, settings.ema_decay, step)
+            step += 1
+            book.note(rows.position)
+            if step == 1:
+                task.assert_frozen()
+                idle = [name for name, p in trained.items() if p.grad is None]
+                assert not idle, f"no gradient reaches {idle}: it would not train"
+            then = Next.STEP
+            if lead is not None:
+                lr, moved = optimizer.param_groups[0]["lr"], drift(task.module, original)
+                figures = {"step": step, **figures, "grad_norm": norm.item(), "lr": lr, "drift": moved}
+                then = lead.after(figures, task.pictures(), slow)
+            then = agreed(then, world_size)
+            leaves = preemptions.new() if then == Next.ASK else []
+            due = step % recipe.run.checkpoint_every == 0 or step == recipe.run.num_steps
+            if due or leaves or then == Next.SAVE_AND_END:
+                samples = book.close(step, device)
+                if lead is not None:
+                    lead.save(step, task, optimizer, average, samples)
+                if lead is not None and leaves:
+                    lead.saver.wait()
+            if then >= Next.SAVE_AND_END:
+                return
+            if probe is not None and probe.due(step):
+                report_scores(probe, step, task, average)
 
 
 def open_stream(
@@ -217,64 +259,9 @@ def open_stream(
     """The worker's shares of every batch from `start_step` on."""
     ranks = {"rank": rank, "world_size": world_size, "start_step": start_step}
     if isinstance(recipe.task, RewardTuning) and recipe.task.prefix.mode == "stage":
-        return stage.batches(recipe, Path(config["rows"]), num_rows=config["num_rows"], **ranks)
+        return stage.batches(recipe, config["rows"], num_rows=config["num_rows"], **ranks)
     shard = ray.train.get_dataset_shard("rows")
     return stream.batches(shard, num_rows=config["num_rows"], batch_size=recipe.run.batch_size, **ranks)
-
-
-def accumulate(task: Task, rows: stream.Rows, micro_batch: int | None) -> dict[str, Tensor]:
-    """One worker's share in parts of `micro_batch`; their gradients add up to that of the share's mean loss."""
-    parts = [(part, len(part.position) / len(rows.position)) for part in rows.split(micro_batch)]
-    metrics = [task.step(part, share) for part, share in parts]
-    return {name: torch.cat([m[name] for m in metrics]) for name in metrics[0]}
-
-
-def average_gradients(parameters: list[nn.Parameter], world_size: int) -> None:
-    """Mean of every gradient over the workers, in flat messages of some 100 MB."""
-    if world_size == 1:
-        return
-    bucket: list[Tensor] = []
-    for i, parameter in enumerate(parameters):
-        assert parameter.grad is not None, "a trained parameter without gradient"
-        bucket.append(parameter.grad)
-        if sum(gradient.numel() for gradient in bucket) >= BUCKET or i == len(parameters) - 1:
-            flat = torch.cat([gradient.flatten() for gradient in bucket])
-            torch.distributed.all_reduce(flat)
-            mean = (flat / world_size).split([gradient.numel() for gradient in bucket])
-            for gradient, part in zip(bucket, mean, strict=True):
-                gradient.copy_(part.view_as(gradient))
-            bucket = []
-
-
-def save(
-    recipe: Recipe,
-    run_dir: Path,
-    step: int,
-    task: Task,
-    optimizer: torch.optim.Optimizer,
-    average: dict[str, Tensor] | None,
-) -> None:
-    """Write a checkpoint whose pipeline folder holds the averaged weights where an average is kept, and pictures."""
-    if (images := task.pictures()) is not None:
-        save_sheet(images, run_dir / "samples" / f"step-{step:06d}.png")
-
-    def save_module(folder: Path) -> None:
-        with averaged(task.module, average):
-            task.save(folder)
-
-    checkpoint.save(
-        run_dir,
-        step,
-        save_module=save_module,
-        module=task.module,
-        optimizer=optimizer,
-        average=average,
-        state={
-            "recipe": recipe.model_dump(by_alias=True),
-            "next_position": step * recipe.run.batch_size,
-            "task": task.state(),
-        },
-    )
 
 
 def report_scores(probe: Probe, step: int, task: Task, average: dict[str, Tensor] | None) -> None:
@@ -284,60 +271,7 @@ def report_scores(probe: Probe, step: int, task: Task, average: dict[str, Tensor
     ray.train.report(figures)
 
 
-@contextmanager
-def averaged(module: nn.Module, average: dict[str, Tensor] | None) -> Iterator[None]:
-    """The averaged weights for the time of the block, where an average is kept."""
-    current = {name: p.detach().clone() for name, p in checkpoint.trained(module).items()}
-    module.load_state_dict(average or current, strict=False)
-    try:
-        yield
-    finally:
-        module.load_state_dict(current, strict=False)
-
-
-def gather(metrics: dict[str, Tensor], world_size: int) -> dict[str, Tensor]:
-    """Per-sample metrics of the whole global batch, in the order of its slots, on every worker."""
-    if world_size == 1:
-        return metrics
-    rows = torch.cat([values.reshape(len(values), -1) for values in metrics.values()], dim=1)
-    parts = [torch.empty_like(rows) for _ in range(world_size)]
-    torch.distributed.all_gather(parts, rows)
-    columns = torch.cat(parts).split([values[0].numel() for values in metrics.values()], dim=1)
-    return {name: c.reshape(-1, *v.shape[1:]) for (name, v), c in zip(metrics.items(), columns, strict=True)}
-
-
-def agreed(ends: bool, world_size: int, device: torch.device) -> bool:
-    """Worker 0's decision, on every worker."""
-    if world_size == 1:
-        return ends
-    decision = torch.tensor([float(ends)], device=device)
-    torch.distributed.broadcast(decision, src=0)
-    return bool(decision.item())
-
-
-def lr_factor(settings: Optimizer, step: int, num_steps: int) -> float:
-    """Linear warm-up, constant, then a cosine to zero over what follows `cosine_from`."""
-    warmup = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
-    done = step / num_steps
-    if done <= settings.cosine_from:
-        return warmup
-    falling = (done - settings.cosine_from) / (1 - settings.cosine_from)
-    return warmup * 0.5 * (1 + math.cos(math.pi * falling))
-
-
-@torch.no_grad()
-def update_average(average: dict[str, Tensor] | None, module: nn.Module, decay: float | None, step: int) -> None:
-    """Exponential moving average whose decay grows from 0 to `decay`, so that the start is forgotten."""
-    if average is None or decay is None:
-        return
-    weight = 1 - min(decay, (1 + step) / (10 + step))
-    for name, parameter in checkpoint.trained(module).items():
-        average[name].lerp_(parameter, weight)
-
-
-@torch.no_grad()
-def drift(module: nn.Module, original: dict[str, Tensor]) -> float:
-    """Relative distance of the weights from where they started."""
-    moved = sum((p - original[name]).square().sum().item() for name, p in checkpoint.trained(module).items())
-    size = sum(value.square().sum().item() for value in original.values())
-    return math.sqrt(moved / size)
+def accumulate(task: Task, rows: stream.Rows, micro_batch: int | None, weight: Fraction) -> dict[str, Tensor]:
+    """One worker's share in parts of `micro_batch`; their gradients add up to `weight` times the sum of its losses."""
+    metrics = [task.step(part, float(len(part.position) * weight)) for part in rows.split(micro_batch)]
+    return {name: torch.cat([m[name] for m in metrics]) for name in metrics[0]}

@@ -11,14 +11,16 @@ from pathlib import Path
 
 import tomli_w
 
-from craftor import checkpoint, inputs, preflight, registry, tracking
-from craftor.cluster import ray_session
+from craftor import checkpoint, inputs, preflight, registry, storage, tracking
+from craftor.cluster import alive_nodes, await_workers, ray_session
 from craftor.console import follow
 from craftor.diffuser import load as load_diffuser
 from craftor.fit import METRICS, TrainingStopped, fit, write_json
+from craftor.interruption import Interrupted
 from craftor.locate import absolute
 from craftor.prompts import Prepared
 from craftor.recipe import Recipe, RecipeError, load_run
+from craftor.run_files import notes
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,14 @@ def train(recipe: Recipe, source: Path, run_dir: Path) -> Trained:
             f"{source}: the output folder {run_dir} holds another run; choose a new one with --out, or go on with "
             f"that run by: craftor train --resume {run_dir}"
         )
+    if recipe.run.storage is not None:
+        storage.refuse_if_used(recipe.run.storage)
     connected = tracking.client(run_dir.parent)
     run_dir.mkdir(parents=True, exist_ok=True)
     recipe = absolute(recipe)
-    (run_dir / "recipe.toml").write_text(
-        tomli_w.dumps(recipe.model_dump(by_alias=True, exclude_none=True, mode="json"))
-    )
+    write_recipe(recipe, run_dir)
     with ray_session(recipe.num_processes):
+        _check_cluster(recipe, run_dir)
         prepared = inputs.prepare(recipe, run_dir)
         if prepared.num_truncated:
             print(
@@ -57,12 +60,28 @@ def train(recipe: Recipe, source: Path, run_dir: Path) -> Trained:
         return _train(recipe, run_dir, prepared, tracker)
 
 
-def resume(run_dir: Path) -> Trained:
-    """Go on with a run from its last complete checkpoint, however it ended."""
+def resume(run_dir: Path, other: Recipe | None = None, accept: bool = False) -> Trained:
+    """Go on with a run from its last complete checkpoint, however it ended.
+
+    A run whose home is a URL goes on with what is there; its folder may be new. Where the `other` recipe differs from
+    the run's own, RecipeError shows how, unless `accept` says to go on by it.
+    """
     recipe = load_run(run_dir)
+    if (url := recipe.run.storage) is not None:
+        storage.get_run(url, run_dir)
+        recipe = load_run(run_dir)
+    if other is not None and (changed := tracking.differences(recipe, absolute(other))):
+        if not accept:
+            raise RecipeError(
+                f"{run_dir} began with another recipe: {'; '.join(changed)}. Leave the recipe out to go on by its own, "
+                "or add --accept to go on by this one"
+            )
+        recipe = absolute(other)
+        write_recipe(recipe, run_dir)
     preflight.check(recipe, run_dir / "recipe.toml")
     connected = tracking.client(run_dir.parent)
     with ray_session(recipe.num_processes):
+        _check_cluster(recipe, run_dir)
         if (run_dir / "run.json").is_file():
             state = json.loads((run_dir / "run.json").read_text())
             prepared = inputs.prepared_earlier(recipe, run_dir, state["digest"])
@@ -76,15 +95,28 @@ def resume(run_dir: Path) -> Trained:
         return _train(recipe, run_dir, prepared, tracker)
 
 
+def write_recipe(recipe: Recipe, run_dir: Path) -> None:
+    (run_dir / "recipe.toml").write_text(
+        tomli_w.dumps(recipe.model_dump(by_alias=True, exclude_none=True, mode="json"))
+    )
+
+
 def _train(recipe: Recipe, run_dir: Path, prepared: Prepared, tracker: tracking.Tracker) -> Trained:
     started = time.monotonic()
     done = _log_earlier_lines(run_dir, tracker)
+    rows, heard = prepared.folder, len(notes(run_dir))
+    if recipe.run.storage is not None:
+        storage.put_run(run_dir, recipe.run.storage)
+        if rows == run_dir / "rows":
+            rows = f"{recipe.run.storage}/rows"
     try:
         with follow(run_dir / METRICS, recipe.run.num_steps, on_line=tracker.log, after=done):
-            final = fit(recipe, run_dir, prepared.folder, prepared.num_rows)
-    except TrainingStopped:
+            final = fit(recipe, run_dir, rows, prepared.num_rows)
+        for said in notes(run_dir)[heard:]:
+            print(f"note: {said}")
+    except (TrainingStopped, Interrupted) as error:
         tracker.flush()
-        tracker.finish(failed=True)
+        tracker.finish("FAILED" if isinstance(error, TrainingStopped) else "KILLED")
         raise
     state = json.loads((run_dir / "run.json").read_text())
     state["seconds"] += time.monotonic() - started
@@ -94,7 +126,16 @@ def _train(recipe: Recipe, run_dir: Path, prepared: Prepared, tracker: tracking.
     except tracking.TrackingUnreachable as error:
         print(f"{error}; nothing is lost: the metrics are in {run_dir / METRICS}. Later: craftor sync {run_dir}")
         registered = None
+    if recipe.run.storage is not None:
+        storage.put_small(run_dir, recipe.run.storage)
     return Trained(run_dir, final, registered, state["seconds"])
+
+
+def _check_cluster(recipe: Recipe, run_dir: Path) -> None:
+    """Raises TooFewResources or StorageError; one node shares everything with itself."""
+    await_workers(recipe.workers)
+    if len(nodes := alive_nodes()) > 1:
+        storage.check_shared(recipe.run.storage or str(run_dir), nodes)
 
 
 def sync(run_dir: Path) -> Trained:

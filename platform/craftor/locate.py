@@ -44,11 +44,15 @@ def absolute(recipe: Recipe) -> Recipe:
         evaluation = evaluation.model_copy(update={"prompts": fix(evaluation.prompts)})
     if search is not None:
         search = search.model_copy(update={"prompts": fix(search.prompts)})
+    storage = recipe.run.storage
+    if storage is not None and "://" not in storage:
+        storage = str(Path(storage).resolve())
     return recipe.model_copy(
         update={
             "model": recipe.model.model_copy(
                 update={"path": fix(recipe.model.path), "text_encoder": encoder and fix(encoder)}
             ),
+            "run": recipe.run.model_copy(update={"storage": storage}),
             "data": recipe.data.model_copy(update={"path": fix(recipe.data.path)}),
             "task": task,
             "evaluation": evaluation,

@@ -23,6 +23,7 @@ from craftor.prefix import PrefixActor
 from craftor.prompts import Prepared
 from craftor.recipe import Recipe, RewardTuning
 from craftor.stage import ReadShare, opened
+from craftor.stream import slots
 
 MANIFEST = "prefix.json"
 SAMPLES_PER_PART = 1024
@@ -128,17 +129,18 @@ class Fill:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         (part,) = (int(p) for p in batch["part"])
-        run, share = self.recipe.run, self.recipe.share
-        # Each share of a step is a batch of its own, as the workers will read it.
-        shares = ReadShare(self.rows, self.num_rows, share, 0, share, 0)
-        first = part * self.steps_per_part * self.recipe.world_size
-        last = min((part + 1) * self.steps_per_part, run.num_steps) * self.recipe.world_size
+        run, num_workers = self.recipe.run, self.recipe.workers.most
+        reader = ReadShare(self.rows, self.num_rows, run.batch_size, 0, run.batch_size, 0)
         columns: dict[int, list[dict[str, np.ndarray]]] = {stop: [] for stop in self.urls}
-        for number in range(first, last):
-            rows = opened(shares({"id": np.array([number])}))
-            found = self.prefix.passing({**rows.columns, "position": np.array(rows.position)}, list(self.urls))
-            for stop, rows_there in found.items():
-                columns[stop].append(rows_there)
+        for step in range(part * self.steps_per_part, min((part + 1) * self.steps_per_part, run.num_steps)):
+            # Each share of a step is a batch of its own, as the workers will read it.
+            for rank in range(num_workers):
+                own = slots(run.batch_size, rank, num_workers)
+                first = step * run.batch_size
+                rows = opened(reader.read(range(first + own.start, first + own.stop)))
+                found = self.prefix.passing({**rows.columns, "position": np.array(rows.position)}, list(self.urls))
+                for stop, rows_there in found.items():
+                    columns[stop].append(rows_there)
         for stop, url in self.urls.items():
             _write_part(url, part, columns[stop])
         return batch

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.csv
 import pyarrow.parquet
 import ray.data
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from transformers import CLIPTokenizer
 
 from craftor.locate import locate
@@ -54,10 +55,12 @@ def prepare(data: Data, tokenizers: Mapping[str, str], out: Path) -> Prepared:
     local = filesystem.protocol in ("file", ("file", "local"))
     rows = FORMATS[suffix(source)](path, **({} if local else {"filesystem": filesystem}))
     column = "prompt" if suffix(source) == ".txt" else data.column
-    light = {"compute": ray.data.ActorPoolStrategy(size=1), "batch_size": 4096, "num_cpus": 0.1}
+    # Where the driver is: it alone is sure to have the tokenizers' folders, and `out`.
+    here = {"scheduling_strategy": NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)}
+    light = {"compute": ray.data.ActorPoolStrategy(size=1), "batch_size": 4096, "num_cpus": 0, **here}
     rows = rows.map_batches(NumberAndTokenize, fn_constructor_args=(data, column, dict(tokenizers)), **light)
     shutil.rmtree(out, ignore_errors=True)
-    rows.write_parquet(str(out))
+    rows.write_parquet(str(out), ray_remote_args={"num_cpus": 0, **here})
     prepared = describe(out)
     if prepared.num_rows == 0:
         raise ValueError(f"data.path = {data.path}: no prompt left after filtering by length and duplicates")

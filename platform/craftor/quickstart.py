@@ -28,7 +28,7 @@ def quickstart(out: Path, overrides: dict[str, Any]) -> dict[str, Any]:
     recipe = load(source, overrides)
     with peak_memory() as peak, ray_session(recipe.num_processes):
         trained = train(recipe, source, out)
-        summary = evaluate_runs([out], out / "evaluation", recipe.world_size)
+        summary = evaluate_runs([out], out / "evaluation", recipe.workers.most)
     return finish(out, trained, summary, peak.gib, "craftor quickstart")
 
 

@@ -76,15 +76,39 @@ class Run(Section):
     micro_batch: int | None = Field(None, ge=1)
     """Samples a worker computes at once; their gradients add up to those of the worker's whole share."""
     checkpoint_every: int = Field(50, ge=1)
+    storage: str | None = None
+    """An fsspec URL that is the run's home, for clusters whose nodes share no folder; the run's folder mirrors it."""
+
+
+Count = Annotated[int, Field(ge=1)]
 
 
 class Workers(Section):
-    num: int = Field(1, ge=0)
-    """0 trains in the command's own process, where a debugger can follow; the same numbers as with one worker."""
+    num: Annotated[int, Field(ge=0)] | Annotated[tuple[Count, Count], Field(strict=False)] = 1
+    """Or `[least, most]`: as many as the cluster has room for, when training starts and as that changes. 0 trains in
+    the command's own process, where a debugger can follow; the same numbers as with one worker."""
+    timeout_s: float = Field(600, gt=0)
+    """How long to wait for a cluster that has no room for the least number of workers."""
+    resize_s: float = Field(60, gt=0)
+    """How often to look whether there is room for more of them."""
     gpu: bool = False
     """One GPU for each worker."""
     threads: int = Field(1, ge=1)
     """CPU threads per worker; part of the recipe because bit-for-bit results depend on it."""
+
+    @property
+    def least(self) -> int:
+        return self.num if isinstance(self.num, int) else self.num[0]
+
+    @property
+    def most(self) -> int:
+        """Among how many a global batch is divided."""
+        return max(1, self.processes)
+
+    @property
+    def processes(self) -> int:
+        """Workers with a process of their own, at most."""
+        return self.num if isinstance(self.num, int) else self.num[1]
 
 
 class Register(Section):
@@ -126,9 +150,13 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _batch_divides(self) -> "Recipe":
-        if self.run.batch_size % self.world_size:
+        size, num = self.run.batch_size, self.workers.num
+        if isinstance(num, int) and num and size % num:
+            allowed = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
+            raise ValueError(f"run.batch_size = {size} is not a multiple of workers.num = {num}; allowed: {allowed}")
+        if not isinstance(num, int) and not num[0] <= num[1] <= size:
             raise ValueError(
-                f"run.batch_size = {self.run.batch_size} is not a multiple of workers.num = {self.workers.num}"
+                f"workers.num = {list(num)}: expected [least, most] with least <= most <= run.batch_size = {size}"
             )
         return self
 
@@ -140,18 +168,13 @@ class Recipe(Section):
         return self
 
     @property
-    def world_size(self) -> int:
-        """Among how many a global batch is divided."""
-        return max(1, self.workers.num)
-
-    @property
     def num_processes(self) -> int:
         """Training workers, and the actors that compute prefixes or rewards: what a local cluster needs CPUs for."""
         staged = isinstance(self.task, RewardTuning) and self.task.prefix.mode == "stage"
         prefixes = self.task.prefix.actors if isinstance(self.task, RewardTuning) and staged else 0
         rewards = self.task.rewards.values() if isinstance(self.task, Tuning) else ()
         placed = [r.replicas * r.num_cpus for r in rewards if r.placement == "actors" and r.in_training]
-        return self.workers.num + self.world_size * prefixes + math.ceil(sum(placed))
+        return self.workers.processes + self.workers.most * prefixes + math.ceil(sum(placed))
 
     @model_validator(mode="after")
     def _guards_watch_what_there_is(self) -> "Recipe":
@@ -199,11 +222,6 @@ class Recipe(Section):
     def data_of(self) -> dict[str, Any]:
         """What a recipe file of it would hold."""
         return self.model_dump(by_alias=True, exclude_none=True, mode="json")
-
-    @property
-    def share(self) -> int:
-        """Samples of a batch that one worker computes."""
-        return self.run.batch_size // self.world_size
 
 
 def load(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:

@@ -1,8 +1,12 @@
-"""What training writes into a run's folder: `metrics.jsonl`, one line a step; `failure.json`, why it cannot go on."""
+"""What training writes into a run's folder.
+
+`metrics.jsonl` has one line a step, `failure.json` says why a run cannot go on, `notes.jsonl` what it got over.
+"""
 
 import json
 import math
 import os
+import time
 from pathlib import Path
 
 from torch import Tensor
@@ -10,7 +14,7 @@ from torch import Tensor
 from craftor import stream
 from craftor.recipe import Recipe
 
-METRICS, FAILURE = "metrics.jsonl", "failure.json"
+METRICS, FAILURE, NOTES = "metrics.jsonl", "failure.json", "notes.jsonl"
 
 
 class MetricsLog:
@@ -25,15 +29,15 @@ class MetricsLog:
         self._file.write(json.dumps(record) + "\n")
 
 
-def report_failure(run_dir: Path, rows: stream.Rows, recipe: Recipe, metrics: dict[str, Tensor], rank: int) -> None:
+def report_failure(run_dir: Path, rows: stream.Rows, recipe: Recipe, metrics: dict[str, Tensor]) -> None:
     """The worker that owns the first bad sample writes what is needed to make it again; all workers return."""
-    share = len(rows.position)
+    own = range(rows.position[0] % recipe.run.batch_size, rows.position[-1] % recipe.run.batch_size + 1)
     # A single reward says more than the sums that it spoils.
     for name in sorted(metrics, key=lambda name: name in ("loss", "total")):
         values = metrics[name]
         bad = (~values.isfinite()).reshape(len(values), -1).any(dim=1).nonzero().flatten()
-        if len(bad) and bad[0] // share == rank:
-            row = int(bad[0]) % share
+        if len(bad) and int(bad[0]) in own:
+            row = int(bad[0]) - own.start
             prompt = str(rows.columns["prompt"][row]) if "prompt" in rows.columns else "(no prompt)"
             value = values[bad[0]].item() if values.ndim == 1 else "not finite"
             message = (
@@ -52,6 +56,18 @@ def report_gradient(run_dir: Path, step: int, norm: Tensor, rank: int) -> None:
             'too far back for this precision; fewer steps, or gradient_path = "direct"; the last checkpoint stands'
         )
         write_json(run_dir / FAILURE, {"message": message})
+
+
+def note(run_dir: Path, message: str) -> None:
+    """Something that a run survived and its owner should know."""
+    with (run_dir / NOTES).open("a") as file:
+        file.write(json.dumps({"time": time.time(), "note": message}) + "\n")
+
+
+def notes(run_dir: Path) -> list[str]:
+    """All of them, oldest first."""
+    path = run_dir / NOTES
+    return [json.loads(line)["note"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def write_json(path: Path, data: dict | list) -> None:

@@ -9,17 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow.parquet
 import ray.data
 
 from craftor.prefix import PrefixActor
 from craftor.recipe import Recipe, RewardTuning
-from craftor.stream import Rows
+from craftor.stream import Rows, slots
 
 
 def batches(
-    recipe: Recipe, rows: Path, *, num_rows: int, rank: int, world_size: int, start_step: int
+    recipe: Recipe, rows: Path | str, *, num_rows: int, rank: int, world_size: int, start_step: int
 ) -> Iterator[Rows]:
     """Worker `rank`'s slices from step `start_step` to the recipe's last, with the prefix of each sample."""
     assert isinstance(recipe.task, RewardTuning)
@@ -27,11 +28,11 @@ def batches(
     if num_steps <= 0:
         return
     ray.data.DataContext.get_current().execution_options.preserve_order = True
-    share = recipe.run.batch_size // world_size
+    own = slots(recipe.run.batch_size, rank, world_size)
     steps = ray.data.range(num_steps, override_num_blocks=num_steps)
     read = steps.map_batches(
         ReadShare,
-        fn_constructor_args=(str(rows), num_rows, recipe.run.batch_size, rank * share, share, start_step),
+        fn_constructor_args=(str(rows), num_rows, recipe.run.batch_size, own.start, len(own), start_step),
         compute=ray.data.ActorPoolStrategy(size=1),
         batch_size=1,
         num_cpus=0.1,
@@ -52,7 +53,8 @@ class ReadShare:
     """An actor: an optimiser step's number -> one row that holds a worker's whole share of that step's batch."""
 
     def __init__(self, folder: str, num_rows: int, batch_size: int, offset: int, share: int, start_step: int) -> None:
-        self.files = sorted(Path(folder).glob("*.parquet"))
+        self.filesystem, path = fsspec.core.url_to_fs(folder)
+        self.files = sorted(self.filesystem.glob(f"{path}/*.parquet"))
         self.num_rows, self.batch_size, self.offset, self.share = num_rows, batch_size, offset, share
         self.start_step = start_step
         self.next_index = 0
@@ -60,7 +62,10 @@ class ReadShare:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         first = (int(batch["id"][0]) + self.start_step) * self.batch_size + self.offset
-        positions = range(first, first + self.share)
+        return self.read(range(first, first + self.share))
+
+    def read(self, positions: range) -> dict[str, np.ndarray]:
+        """The rows at some positions of the whole job, as one row."""
         return closed([{**self._row(position % self.num_rows), "position": position} for position in positions])
 
     def _row(self, index: int) -> dict[str, Any]:
@@ -74,8 +79,9 @@ class ReadShare:
 
     def _read(self) -> Iterator[dict[str, Any]]:
         for path in self.files:
-            for block in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
-                yield from block.to_pylist()
+            with self.filesystem.open(path) as file:
+                for block in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256):
+                    yield from block.to_pylist()
 
 
 class Prefix:

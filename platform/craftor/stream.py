@@ -1,7 +1,8 @@
 """Parquet rows in a fixed order -> each worker's share of every global batch, from any step on.
 
 Position p = epoch * num_rows + index runs over the whole job; optimiser step s owns positions [s*B, (s+1)*B) and worker
-r of W its r-th slice. So what a step trains on depends on the recipe alone, not on workers, read order or restarts.
+r of W its r-th slice, the slots [r*B//W, (r+1)*B//W). So what a step trains on depends on the recipe alone, not on
+workers, read order or restarts.
 """
 
 from collections.abc import Iterator
@@ -39,6 +40,11 @@ class Rows:
             yield Rows(self.position[part], {name: column[part] for name, column in self.columns.items()})
 
 
+def slots(batch_size: int, rank: int, world_size: int) -> range:
+    """A worker's part of every global batch; the workers' sizes differ by one at most."""
+    return range(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+
+
 def read(folder: Path | str) -> ray.data.Dataset:
     """The prepared rows of a folder or fsspec URL, in order of their `index` column."""
     filesystem, path = fsspec.core.url_to_fs(str(folder))
@@ -50,8 +56,7 @@ def batches(
     shard: ray.data.DataIterator, *, num_rows: int, batch_size: int, rank: int, world_size: int, start_step: int
 ) -> Iterator[Rows]:
     """Endless slices for worker `rank`, starting with step `start_step`; `batch_size` is the global one."""
-    share = batch_size // world_size
-    low, high = rank * share, (rank + 1) * share
+    own = slots(batch_size, rank, world_size)
     epoch, first = divmod(start_step * batch_size, num_rows)
     pending: list[tuple[int, dict[str, np.ndarray]]] = []
     while True:
@@ -63,9 +68,9 @@ def batches(
             expected += len(index)
             positions = epoch * num_rows + index
             slot = positions % batch_size
-            for row in np.flatnonzero((index >= first) & (slot >= low) & (slot < high)):
+            for row in np.flatnonzero((index >= first) & (slot >= own.start) & (slot < own.stop)):
                 pending.append((int(positions[row]), {name: column[row] for name, column in block.items()}))
-                if len(pending) == share:
+                if len(pending) == len(own):
                     yield _join(pending)
                     pending = []
         if expected != num_rows:

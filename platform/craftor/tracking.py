@@ -10,9 +10,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import mlflow
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, RunStatus
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
@@ -163,9 +164,8 @@ class Tracker:
         """Tie a logged model to the run that made it."""
         self.client.log_outputs(self.run_id, [LoggedModelOutput(model_id, step)])
 
-    def finish(self, *, failed: bool = False) -> None:
-        status = RunStatus.FAILED if failed else RunStatus.FINISHED
-        self.client.set_terminated(self.run_id, RunStatus.to_string(status))
+    def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
+        self.client.set_terminated(self.run_id, status)
 
 
 def _dataset(recipe: Recipe, prepared: Prepared) -> DatasetInput:
@@ -179,6 +179,13 @@ def _dataset(recipe: Recipe, prepared: Prepared) -> DatasetInput:
         ),
         tags=[InputTag("mlflow.data.context", "training")],
     )
+
+
+def differences(there: Recipe, here: Recipe) -> list[str]:
+    """`key: there, here` for every key of two recipes that differs."""
+    first, second = (dict(_flatten(recipe.model_dump(by_alias=True))) for recipe in (there, here))
+    keys = [key for key in {**first, **second} if first.get(key) != second.get(key)]
+    return [f"{key}: there {first.get(key)}, here {second.get(key)}" for key in keys]
 
 
 def _flatten(data: dict, prefix: str = "") -> list[tuple[str, object]]:

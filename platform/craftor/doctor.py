@@ -1,0 +1,215 @@
+"""A cluster, and optionally a recipe -> findings: what would go wrong on some node, and the remedy."""
+
+import os
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+import torch
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from torch import Tensor
+
+from craftor import __version__, preflight, storage, tracking
+from craftor.cluster import alive_nodes
+from craftor.recipe import Recipe, RecipeError
+
+PACKAGES = ("ray", "torch", "diffusers", "transformers", "mlflow", "numpy", "safetensors", "pyarrow")
+TIMEOUT_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check's answer; a warning keeps no run from working."""
+
+    check: str
+    verdict: Literal["ok", "warning", "failure"]
+    said: str
+    remedy: str = ""
+
+
+def examine(recipe: Recipe | None, source: Path, out: Path, joined: bool) -> list[Finding]:
+    """All findings on the cluster that Ray is connected to; `joined` tells it from one started here for the purpose."""
+    nodes = alive_nodes()
+    home = (recipe.run.storage if recipe else None) or str(out.resolve())
+    reports = on_every_node(nodes, report)
+    findings = [
+        token(os.environ, Path.home(), joined),
+        versions(reports),
+        gpus(reports, {node["NodeManagerAddress"]: int(node["Resources"].get("GPU", 0)) for node in nodes}, recipe),
+        attention(reports),
+        home_finding(home, nodes),
+        mlflow(out.parent),
+    ]
+    return findings + ([weights(recipe, source, nodes)] if recipe else [])
+
+
+def on_every_node(nodes: list[dict[str, Any]], task: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+    """`task(*arguments)` run on each node, by address; a node that does not answer gives its error."""
+    calls = {
+        node["NodeManagerAddress"]: ray.remote(task)
+        .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+        .remote(*arguments)
+        for node in nodes
+    }
+    answers: dict[str, Any] = {}
+    for address, call in calls.items():
+        try:
+            answers[address] = ray.get(call, timeout=TIMEOUT_SECONDS)
+        except RayError as error:
+            answers[address] = error
+    return answers
+
+
+def report() -> dict[str, Any]:
+    """What a node has: versions, devices, attention kernels with their error against plain attention."""
+    found = {"python": platform.python_version(), "craftor": __version__}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package).split("+")[0]
+        except PackageNotFoundError:
+            found[package] = "missing"
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"versions": found, "devices": devices, "kernels": kernels("cuda" if devices else "cpu")}
+
+
+def kernels(device: str) -> dict[str, float]:
+    """Largest error of each attention kernel that runs here, against softmax(q k / sqrt(d)) v in float32."""
+    query, key, value = torch.randn(3, 2, 4, 64, 40, device=device)
+    weights = torch.softmax(query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5, dim=-1)
+    expected = weights @ value
+    found = {"sdpa": _error(torch.nn.functional.scaled_dot_product_attention(query, key, value), expected)}
+    if device == "cuda" and find_spec("xformers"):
+        from xformers.ops import memory_efficient_attention  # type: ignore[import-not-found]
+
+        swapped = [tensor.transpose(1, 2) for tensor in (query, key, value)]
+        found["xformers"] = _error(memory_efficient_attention(*swapped).transpose(1, 2), expected)
+    return found
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    return (found - expected).abs().max().item()
+
+
+def token(environment: Mapping[str, str], home: Path, joined: bool) -> Finding:
+    """Whoever reaches a cluster without one runs code on it."""
+    if not joined:
+        return Finding("token", "ok", "not needed: this cluster is on this machine and ends with this command")
+    remedy = (
+        "on this machine: ray get-auth-token --generate; the same token in ~/.ray/auth_token or RAY_AUTH_TOKEN, and "
+        "RAY_AUTH_MODE=token, on every node before `ray start` and wherever jobs are submitted"
+    )
+    if environment.get("RAY_AUTH_MODE") != "token":
+        return Finding("token", "failure", "RAY_AUTH_MODE is not 'token': the job server is open", remedy)
+    path = Path(environment.get("RAY_AUTH_TOKEN_PATH") or home / ".ray" / "auth_token")
+    if not environment.get("RAY_AUTH_TOKEN") and not path.is_file():
+        return Finding("token", "failure", f"RAY_AUTH_TOKEN is not set and {path} does not exist", remedy)
+    return Finding("token", "ok", "set")
+
+
+def versions(reports: Mapping[str, Any]) -> Finding:
+    """Equal on all nodes: objects and checkpoints travel between them."""
+    if silent := _silent("versions", reports):
+        return silent
+    by_package: dict[str, dict[str, list[str]]] = {}
+    for address, found in reports.items():
+        for package, number in found["versions"].items():
+            by_package.setdefault(package, {}).setdefault(number, []).append(address)
+    differing = [
+        f"{package} is " + " and ".join(f"{number} on {', '.join(where)}" for number, where in numbers.items())
+        for package, numbers in by_package.items()
+        if len(numbers) > 1
+    ]
+    missing = [package for package, numbers in by_package.items() if "missing" in numbers]
+    if differing or missing:
+        said = "; ".join(differing) or f"missing: {', '.join(missing)}"
+        return Finding("versions", "failure", said, "one image on every node: cluster/Dockerfile, or constraints.txt")
+    some = next(iter(reports.values()))["versions"]
+    listed = ", ".join(f"{name} {some[name]}" for name in ("craftor", "python", "ray", "torch"))
+    return Finding("versions", "ok", f"the same on {len(reports)} node(s): {listed}")
+
+
+def gpus(reports: Mapping[str, Any], counted: Mapping[str, int], recipe: Recipe | None) -> Finding:
+    """As many as Ray counts, on every node, and as many as the recipe wants."""
+    if silent := _silent("GPUs", reports):
+        return silent
+    for address, found in reports.items():
+        if len(found["devices"]) != counted[address] and counted[address]:
+            said = f"Ray counts {counted[address]} on {address}, torch sees {len(found['devices'])}"
+            return Finding("GPUs", "failure", said, "driver and container toolkit there, or `ray start --num-gpus`")
+    total, wanted = sum(counted.values()), recipe.workers.least if recipe and recipe.workers.gpu else 0
+    if total < wanted:
+        remedy = "more nodes, an autoscaling group, or a smaller workers.num ([least, most] takes what there is)"
+        return Finding("GPUs", "failure", f"the recipe wants {wanted} at least, the cluster has {total}", remedy)
+    names = sorted({name for found in reports.values() for name in found["devices"]})
+    return Finding("GPUs", "ok", f"{total}: {', '.join(names)}" if total else "none, and none wanted")
+
+
+def attention(reports: Mapping[str, Any]) -> Finding:
+    if silent := _silent("attention", reports):
+        return silent
+    wrong = [
+        f"{name} on {address} is off by {error:.1e}"
+        for address, found in reports.items()
+        for name, error in found["kernels"].items()
+        if not error < 1e-2
+    ]
+    if wrong:
+        remedy = 'model.attention = "sdpa", or an xformers that was built for this torch'
+        return Finding("attention", "failure", "; ".join(wrong), remedy)
+    found = sorted({name for report in reports.values() for name in report["kernels"]})
+    lacking = [a for a, report in reports.items() if report["devices"] and "xformers" not in report["kernels"]]
+    if lacking:
+        remedy = "pip install 'craftor[gpu]': sdpa works, xformers is faster on some devices"
+        return Finding("attention", "warning", f"no xformers on {', '.join(lacking)}", remedy)
+    return Finding("attention", "ok", f"{', '.join(found)} agree with plain attention")
+
+
+def home_finding(url: str, nodes: list[dict[str, Any]]) -> Finding:
+    """Writable and atomic from every node."""
+    try:
+        storage.check_shared(url, nodes)
+    except storage.StorageError as error:
+        return Finding("storage", "failure", str(error), "credentials on every node, free space, a URL all can reach")
+    return Finding("storage", "ok", f"{url}: written, renamed and read from {len(nodes)} node(s)")
+
+
+def mlflow(runs: Path) -> Finding:
+    try:
+        tracking.client(runs)
+    except tracking.TrackingUnreachable as error:
+        return Finding("MLflow", "failure", str(error), "start the server, or mend MLFLOW_TRACKING_URI")
+    return Finding("MLflow", "ok", os.environ.get("MLFLOW_TRACKING_URI") or f"an SQLite file in {runs}")
+
+
+def weights(recipe: Recipe, source: Path, nodes: list[dict[str, Any]]) -> Finding:
+    """Model, rewards and prompts, on every node."""
+    missing = {
+        a: said for a, said in on_every_node(nodes, _missing, recipe.model_dump(by_alias=True), source).items() if said
+    }
+    if missing:
+        said = "; ".join(f"{address}: {reason}" for address, reason in missing.items())
+        remedy = "hf download MODEL and craftor rewards fetch NAME on those nodes, or paths on a folder that all share"
+        return Finding("weights", "failure", said, remedy)
+    return Finding("weights", "ok", f"model, rewards and prompts are there on {len(nodes)} node(s)")
+
+
+def _missing(recipe: dict[str, Any], source: Path) -> str:
+    try:
+        preflight.check(Recipe.model_validate(recipe), source)
+    except RecipeError as error:
+        return str(error)
+    return ""
+
+
+def _silent(check: str, reports: Mapping[str, Any]) -> Finding | None:
+    dead = {address: answer for address, answer in reports.items() if isinstance(answer, RayError)}
+    if not dead:
+        return None
+    said = "; ".join(f"{address}: {str(error).splitlines()[-1]}" for address, error in dead.items())
+    return Finding(check, "failure", f"no answer from {said}", "is craftor installed there, or shipped by runtime_env?")

@@ -1,0 +1,242 @@
+"""`make bench-scale`: what workers, checkpoints, deaths and large prompt sets cost, and how right `craftor plan` is.
+
+Every run is the shipped micro recipe on real Ray. Prompts are real ones from ../shared/data, paired with style
+modifiers until there are enough; one in ten comes twice, so that deduplication has work.
+"""
+
+import argparse
+import csv
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow
+import pyarrow.parquet
+import torch
+from rich.console import Console
+
+from benchmarks import harness
+from craftor import calibrate, chief, estimate, job, ledger, prompts
+from craftor.cluster import ray_session
+from craftor.diffuser import load as load_diffuser
+from craftor.interruption import StopRequest
+from craftor.locate import shipped_recipe
+from craftor.memory import peak_memory
+from craftor.recipe import Data, Recipe, load
+from craftor.tasks import build
+
+RECIPE = shipped_recipe("micro_textcraftor.toml")
+SHARED = Path(os.environ.get("CRAFTOR_SHARED_DATA", harness.ROOT.parent / "shared" / "data"))
+SHARE = 12
+"""Samples per worker and step: the recipe's own."""
+EVERY = 20
+"""Steps between two checkpoints."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=20, help="optimiser steps of a run")
+    parser.add_argument("--rounds", type=int, default=5, help="of steps with and without checkpoints, in turn")
+    parser.add_argument("--prompts", type=int, default=1_000_000)
+    arguments = parser.parse_args()
+    started = time.perf_counter()
+    console = Console(width=120)
+    figures: dict[str, float] = {}
+    details: dict[str, Any] = {"settings": vars(arguments)}
+
+    with TemporaryDirectory(prefix="bench-") as folder:
+        runs = Path(folder)
+        one = run(runs / "one", arguments.steps, 1)
+        two = run(runs / "two", arguments.steps, 2)
+        figures["weak_scaling_2"] = two["images_per_second"] / (2 * one["images_per_second"])
+        details |= {"one_worker": one, "two_workers": two}
+        planned = plan(2, arguments.steps)
+        measured_step = 2 * SHARE / two["images_per_second"]
+        planned_step = sum(planned.seconds.values())
+        figures["plan_time_error"] = abs(planned_step / measured_step - 1)
+        figures["plan_memory_error"] = abs(planned.memory_gib / two["worker_gib"] - 1)
+        details["plan"] = {
+            "step_seconds": [planned_step, measured_step],
+            "gib": [planned.memory_gib, two["worker_gib"]],
+        }
+        figures["recovery_seconds"] = recovery(runs / "killed", arguments.steps)
+        read = read_prompts(runs, arguments.prompts)
+        figures |= {"prompts_per_second": read["prompts_per_second"], "prompts_peak_gib": read["peak_gib"]}
+        figures["prompts_over_training"] = read["prompts_per_second"] / two["images_per_second"]
+        details["prompts"] = read
+        overhead = checkpoint_overhead(runs / "overhead", arguments.rounds)
+        figures["checkpoint_overhead"] = overhead["overhead"]
+        details["checkpoints"] = overhead
+    for name, value in figures.items():
+        console.print(f"{name:24s} {value:.4g}", highlight=False)
+    console.print(harness.write("scale", figures=figures, details=details, started=started))
+
+
+def recipe_of(num_workers: int, num_steps: int, **changes: object) -> Recipe:
+    size = {"workers.num": num_workers, "run.batch_size": num_workers * SHARE, "run.num_steps": num_steps}
+    return load(RECIPE, {**size, "run.checkpoint_every": 1000, "register": None, "evaluation": None, **changes})
+
+
+def run(out: Path, num_steps: int, num_workers: int) -> dict[str, float]:
+    """Images/s of a run, the first steps left out, and the most memory that one worker had."""
+    peak, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.5):
+            peak[0] = max([peak[0], *(process.memory_info().rss for process in workers())])
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    recipe = recipe_of(num_workers, num_steps)
+    with ray_session(recipe.num_processes):
+        job.train(recipe, RECIPE, out)
+    done.set()
+    thread.join()
+    speeds = [json.loads(line)["images_per_second"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {"images_per_second": median(speeds[len(speeds) // 4 :]), "worker_gib": peak[0] / 2**30}
+
+
+def workers() -> list[psutil.Process]:
+    """The training workers among this process's descendants."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def plan(num_workers: int, num_steps: int) -> estimate.Prediction:
+    recipe = recipe_of(num_workers, num_steps)
+    return calibrate.predict(recipe, estimate.count(recipe))
+
+
+def recovery(out: Path, num_steps: int) -> float:
+    """Seconds from `kill -9` of one of two workers, after a checkpoint, to the next line of metrics."""
+    killed: list[float] = []
+    back: list[float] = []
+    recipe = recipe_of(2, num_steps, **{"run.checkpoint_every": 4})
+
+    def kill() -> None:
+        while not (out / "checkpoints" / "step-000004").exists():
+            time.sleep(0.05)
+        workers()[0].kill()
+        killed.append(time.monotonic())
+        written = (out / "metrics.jsonl").stat().st_mtime_ns
+        time.sleep(1)  # a line that was on its way
+        written = (out / "metrics.jsonl").stat().st_mtime_ns
+        lines = len((out / "metrics.jsonl").read_text().splitlines())
+        while True:  # cut back on restart, then a line longer
+            stat = (out / "metrics.jsonl").stat()
+            now = len((out / "metrics.jsonl").read_text().splitlines())
+            if stat.st_mtime_ns != written and now != lines and now > 4:
+                break
+            time.sleep(0.05)
+        back.append(time.monotonic())
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    with ray_session(recipe.num_processes):
+        job.train(recipe, RECIPE, out)
+    thread.join(timeout=10)
+    return back[0] - killed[0]
+
+
+def checkpoint_overhead(out: Path, rounds: int) -> dict[str, float]:
+    """Twenty steps with the ledger and a checkpoint that is written beside them, over twenty without, in turn."""
+    recipe = recipe_of(1, 10_000)
+    task = build(recipe)
+    rows = calibrate.sample_rows(task.diffuser.tokenize([calibrate.PROMPT] * SHARE), recipe)
+    parameters = [p for p in task.module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6)
+    out.mkdir()
+    torch.set_num_threads(1)
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            optimizer.zero_grad()
+            task.step(rows)
+            optimizer.step()
+
+    with ray_session(1):
+        import ray
+
+        actor = ray.remote(StopRequest).options(num_cpus=0).remote()
+        lead = chief.Chief(recipe, out, 0, actor)
+        book, done = ledger.Ledger(recipe, 1000, [SHARE], ""), [0]
+
+        def saving() -> None:
+            for _ in range(EVERY):
+                steps(1)
+                done[0] += 1
+                book.note(list(range((done[0] - 1) * SHARE, done[0] * SHARE)))
+            lead.save(done[0], task, optimizer, None, book.close(done[0], torch.device("cpu")))
+
+        times = harness.in_turn({"with": saving, "without": lambda: steps(EVERY)}, rounds=rounds, warmup=1)
+        lead.saver.wait()
+    found = harness.ratio(times["with"], times["without"])
+    low, high = found["wall_ci95"]  # type: ignore[misc]
+    return {"overhead": float(found["wall"]) - 1, "low": low - 1, "high": high - 1}  # type: ignore[arg-type]
+
+
+def read_prompts(folder: Path, number: int) -> dict[str, float]:
+    """Read, filter, deduplicate and tokenise; the peak is that of this process and all of Ray's."""
+    path = write_prompts(folder / "prompts.parquet", number)
+    recipe = recipe_of(1, 1)
+    tokenizers = {}
+    for name, tokenizer in load_diffuser(recipe.model).tokenizers.items():
+        tokenizer.save_pretrained(folder / name)
+        tokenizers[name.replace("text_encoder", "input_ids")] = str(folder / name)
+    with peak_memory() as peak, ray_session(2):
+        begun = time.perf_counter()
+        prepared = prompts.prepare(Data(path=str(path), max_chars=400), tokenizers, folder / "rows")
+        seconds = time.perf_counter() - begun
+    return {
+        "read": number,
+        "kept": prepared.num_rows,
+        "seconds": seconds,
+        "prompts_per_second": number / seconds,
+        "peak_gib": peak.gib,
+    }
+
+
+def write_prompts(path: Path, number: int) -> Path:
+    """Real prompts with one or two real modifiers each; in pieces, so that making them takes no memory either."""
+    real = real_prompts()
+    categories = json.loads((SHARED / "openprompts" / "modifiers.json").read_text())
+    modifiers = [m["name"] for c in categories for s in c["subcategories"] for m in s["modifiers"]]
+    random = np.random.default_rng(0)
+    schema = pyarrow.schema([("prompt", pyarrow.string())])
+    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+        for start in range(0, number, 50_000):
+            size = min(50_000, number - start)
+            fresh = size - size // 10
+            first, second = random.integers(len(modifiers), size=(2, fresh))
+            chosen = random.integers(len(real), size=fresh)
+            made = [f"{real[p]}, {modifiers[a]}, {modifiers[b]}" for p, a, b in zip(chosen, first, second, strict=True)]
+            made += [made[i] for i in random.integers(fresh, size=size - fresh)]
+            writer.write_table(pyarrow.table({"prompt": made}, schema=schema))
+    return path
+
+
+def real_prompts() -> list[str]:
+    csv.field_size_limit(1 << 24)
+    with (SHARED / "openprompts" / "openprompts_1k.csv").open(encoding="utf-8") as file:
+        found = [row["prompt"] for row in csv.DictReader(file)]
+    with (SHARED / "partiprompts" / "PartiPrompts.tsv").open(encoding="utf-8") as file:
+        found += [row["Prompt"] for row in csv.DictReader(file, delimiter="\t")]
+    found += (SHARED / "pickapic" / "pickapic_train.txt").read_text(encoding="utf-8").splitlines()
+    return list(dict.fromkeys(prompt.strip() for prompt in found if prompt.strip()))
+
+
+if __name__ == "__main__":
+    main()

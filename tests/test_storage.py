@@ -1,0 +1,194 @@
+"""A run's home on a URL: complete or not there, through outages, full disks, a store that fails at times."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+from fsspec.implementations.memory import MemoryFileSystem
+from safetensors.torch import load_file
+
+from craftor import checkpoint, job, ledger, storage
+from craftor.fit import METRICS, TrainingStopped
+from craftor.recipe import load
+from craftor.run_files import notes
+from craftor.saver import CheckpointMissed, Saver
+from craftor.storage import StorageError
+
+URL = "memory://home/run"
+
+
+@pytest.fixture(autouse=True)
+def empty_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryFileSystem]:
+    monkeypatch.setattr(storage, "FIRST_PAUSE", 0.001)
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    yield memory
+    memory.store.clear()
+
+
+def fill(number: int):
+    """What a checkpoint would hold."""
+
+    def write(folder: Path) -> None:
+        (folder / "trainer" / "state.json").write_text(json.dumps({"step": number}))
+
+    return write
+
+
+def test_a_checkpoint_is_whole_where_its_manifest_is(tmp_path: Path, empty_memory: MemoryFileSystem) -> None:
+    (tmp_path / METRICS).write_text("{}\n")
+    with Saver(tmp_path, URL) as saver:
+        saver.save(4, fill(4))
+        saver.save(8, fill(8))
+    empty_memory.rm_file("/home/run/checkpoints/step-000008/manifest.json")  # as a cut-off upload leaves it
+    storage.get_latest(URL, tmp_path / "elsewhere")
+    last = checkpoint.latest(tmp_path / "elsewhere")
+    assert last is not None and checkpoint.step_of(last) == 4
+    checkpoint.verify(last)
+    assert empty_memory.cat_file(f"/home/run/{METRICS}") == b"{}\n"
+
+
+def test_a_store_that_fails_a_third_of_all_calls_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chance, failed = random.Random(3), []
+
+    def flaky(call: Callable) -> Callable:
+        def sometimes(self: MemoryFileSystem, *arguments: object, **options: object) -> object:
+            if chance.random() < 0.3:
+                failed.append(call)
+                raise OSError(errno.EIO, "the store is away")
+            return call(self, *arguments, **options)
+
+        return sometimes
+
+    for name in ("put_file", "exists", "glob", "find", "get_file", "makedirs", "rm_file"):
+        monkeypatch.setattr(MemoryFileSystem, name, flaky(getattr(MemoryFileSystem, name)))
+    monkeypatch.setattr(storage, "ATTEMPTS", 20)
+    with Saver(tmp_path, URL) as saver:
+        for step in range(1, 9):
+            saver.save(step, fill(step))
+    storage.get_latest(URL, tmp_path / "elsewhere")
+    last = checkpoint.latest(tmp_path / "elsewhere")
+    assert last is not None and checkpoint.step_of(last) == 8 and len(failed) > 10
+
+
+def test_a_missed_checkpoint_is_said_and_the_next_one_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Saver(tmp_path, URL) as saver:
+        with monkeypatch.context() as patch:
+            patch.setattr(MemoryFileSystem, "put_file", full)
+            saver.save(4, fill(4))
+            saver.wait()
+        saver.save(8, lambda folder: full())  # this machine's disk
+        saver.save(12, fill(12))
+    assert [said.count("No space left on device") for said in notes(tmp_path)] == [1, 1]
+    missed = pytest.raises(CheckpointMissed, match="the checkpoint of step 16 .*No space left on device")
+    with missed, Saver(tmp_path, URL) as saver:
+        saver.save(16, lambda folder: full())
+    last = checkpoint.latest(tmp_path)
+    assert last is not None and checkpoint.step_of(last) == 12
+
+
+def test_a_home_that_cannot_be_one_is_refused() -> None:
+    with pytest.raises(StorageError, match=r"run.storage = 'nowhere://x': Protocol not known"):
+        storage.refuse_if_used("nowhere://x")
+    storage.refuse_if_used(URL)
+    fsspec.filesystem("memory").pipe_file("/home/run/recipe.toml", b"")
+    with pytest.raises(StorageError, match=f"holds another run; .* craftor train --resume {URL}"):
+        storage.refuse_if_used(URL)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_a_run_outlives_an_unwritable_home(tiny_recipe: Path, tmp_path: Path) -> None:
+    """A file lies where checkpoints should go until step 9; then it goes away. Same bits, and nothing saved is lost."""
+    short = {"run.num_steps": 16, "register": None}
+    plain = job.train(load(tiny_recipe, short), tiny_recipe, tmp_path / "plain")
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "checkpoints").write_text("in the way")
+
+    def clear() -> None:
+        while not (home / METRICS).exists() or len((home / METRICS).read_text().splitlines()) < 9:
+            time.sleep(0.02)
+        (home / "checkpoints").unlink()
+
+    thread = threading.Thread(target=clear, daemon=True)
+    thread.start()
+    away = job.train(load(tiny_recipe, short | {"run.storage": str(home)}), tiny_recipe, tmp_path / "away")
+    thread.join(timeout=5)
+    assert not (home / "checkpoints" / "step-000004").exists() and (home / "checkpoints" / "step-000016").exists()
+    assert same_weights(away.checkpoint, plain.checkpoint)
+    assert ledger.audit(tmp_path / "away") == ledger.audit(tmp_path / "plain")
+    assert (tmp_path / "away" / METRICS).read_bytes() == (home / METRICS).read_bytes()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_a_run_whose_last_checkpoint_cannot_be_written_fails_by_name(tiny_recipe: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "checkpoints").write_text("in the way")
+    recipe = load(tiny_recipe, {"run.num_steps": 2, "run.storage": str(home)})
+    with pytest.raises(TrainingStopped, match="the checkpoint of step 2 could not be written to"):
+        job.train(recipe, tiny_recipe, tmp_path / "run")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_stopped_on_s3_goes_on_from_there(tiny_recipe: Path, tmp_path: Path) -> None:
+    """SIGTERM to the driver; `--resume s3://…` goes on in a folder that has nothing of it."""
+    pytest.importorskip("moto.server", reason="moto is not installed")
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    env = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
+    env |= {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
+    env |= {"AWS_DEFAULT_REGION": "us-east-1"}
+    bucket = "import fsspec; fsspec.filesystem('s3').makedirs('runs')"
+    subprocess.run([sys.executable, "-c", bucket], env=env, check=True)
+    craftor = [sys.executable, "-m", "craftor", "train"]
+    steps = ["--set", "run.num_steps=40", "--set", "run.checkpoint_every=1000", "--set", "optimizer.cosine_from=1.0"]
+    here, there = tmp_path / "runs" / "here", tmp_path / "elsewhere" / "there"
+    home = "s3://runs/tiny"
+    try:
+        first = subprocess.Popen(
+            [*craftor, str(tiny_recipe), "--out", str(here), *steps, "--set", f"run.storage={home}"], env=env
+        )
+        started = time.monotonic()
+        while not (here / METRICS).exists():
+            assert first.poll() is None and time.monotonic() - started < 120
+            time.sleep(0.1)
+        first.send_signal(signal.SIGTERM)
+        assert first.wait(60) == 143
+        # The second machine has its own MLflow file: the first one's run is not in it.
+        again = env | {"MLFLOW_TRACKING_URI": f"sqlite:///{here.parent / 'mlflow.db'}"}
+        subprocess.run([*craftor, "--resume", home, "--out", str(there)], env=again, check=True, timeout=150)
+    finally:
+        server.stop()
+    stopped, last = checkpoint.latest(here), checkpoint.latest(there)
+    assert stopped is not None and last is not None
+    assert 0 < checkpoint.step_of(stopped) < 40 == checkpoint.step_of(last)
+    assert ledger.audit(there).samples == 160
+    assert [json.loads(line)["step"] for line in (there / METRICS).read_text().splitlines()] == [*range(1, 41)]
+
+
+def same_weights(ours: Path, expected: Path) -> bool:
+    found, wanted = (load_file(folder / "trainer" / "module.safetensors") for folder in (ours, expected))
+    return all(torch.equal(found[name], wanted[name]) for name in wanted)
