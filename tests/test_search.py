@@ -15,16 +15,16 @@ from safetensors.torch import load_file
 from conftest import write_tiny_recipe
 from craftor import checkpoint, tracking
 from craftor.diffuser import load as load_diffuser
-from craftor.judge import Judge, judge_base
 from craftor.mixture import Member
-from craftor.outcome import NothingFound, front, require_front
 from craftor.prefix import PrefixActor
-from craftor.probe import EVALUATIONS
 from craftor.recipe import Recipe, RecipeError, load
-from craftor.search_inputs import check
-from craftor.search_settings import MEASURED, Distribution, Search
-from craftor.study import Study, Tried
-from craftor.tuning import message, scheduler, trial_folder
+from craftor.searching.inputs import check
+from craftor.searching.judge import Judge, judge_base
+from craftor.searching.outcome import NothingFound, front, require_front
+from craftor.searching.probe import EVALUATIONS
+from craftor.searching.settings import MEASURED, Distribution, Search
+from craftor.searching.study import Study, Tried
+from craftor.searching.tuning import message, scheduler, trial_folder
 from craftor.verdict import ATTRIBUTES
 
 PROMPTS = ("a green star", "a small green ring", "a yellow star", "a large yellow ring")
@@ -279,7 +279,7 @@ def test_the_base_is_walked_once_and_judged_alike(search_recipe: Path, tmp_path:
 @pytest.fixture(scope="module")
 def found(tiny: Path, tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Any:
     """A search whose second trial fails, made once."""
-    from craftor.search import search
+    from craftor.searching.search import search
 
     folder = tmp_path_factory.mktemp("search")
     path = write_search_recipe(tiny, folder)
@@ -324,7 +324,7 @@ def test_a_search_registers_its_best_and_records_what_failed(found: Any) -> None
 @pytest.mark.ray
 def test_a_search_goes_on_where_it_was_interrupted(found: Any, tmp_path: Path) -> None:
     """The last trial was running, one step done; what had ended is not touched, and the outcome is the same bits."""
-    from craftor.search import resume
+    from craftor.searching.search import resume
 
     folder = tmp_path / "interrupted"
     shutil.copytree(found.folder, folder, ignore=shutil.ignore_patterns("study.db", "search.json", "run.json", "ray"))
@@ -355,7 +355,7 @@ def test_a_search_goes_on_where_it_was_interrupted(found: Any, tmp_path: Path) -
 
 @pytest.mark.ray
 def test_mixtures_are_searched_without_training(found: Any, tmp_path: Path) -> None:
-    from craftor.search_mix import resume_mix, search_mix
+    from craftor.searching.mix import resume_mix, search_mix
 
     finished = [trial.number for trial in found.trials if trial.state == "finished"]
     sources = [str(trial_folder(found.folder, n)) for n in finished][:1]

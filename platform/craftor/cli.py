@@ -98,14 +98,14 @@ def search(
     if resume is not None:
         if overrides or out:
             raise RecipeError("--resume goes on with the search's own recipe and folder; --set and --out do not apply")
-        from craftor.search import resume as go_on
+        from craftor.searching.search import resume as go_on
 
         found = go_on(resume)
     else:
         assert recipe is not None
         checked = load(recipe, _overrides(overrides))
         check(checked, recipe)
-        from craftor.search import search as start
+        from craftor.searching.search import search as start
 
         found = start(checked, recipe, out or Path("runs") / checked.name)
     for page in found.pages:
@@ -126,7 +126,7 @@ def search_mix(
     if resume is not None:
         if encoders or recipe or overrides or out:
             raise RecipeError("--resume goes on with the search's own recipe, encoders and folder")
-        from craftor.search_mix import resume_mix
+        from craftor.searching.mix import resume_mix
 
         mixed = resume_mix(resume)
     else:
@@ -134,7 +134,7 @@ def search_mix(
             raise RecipeError("give encoders and --recipe RECIPE, or --resume SEARCH")
         checked = load(recipe, _overrides(overrides))
         check(checked, recipe)
-        from craftor.search_mix import search_mix as start
+        from craftor.searching.mix import search_mix as start
 
         mixed = start(checked, recipe, encoders, out or Path("runs") / f"{checked.name}-mix")
     for page in mixed.pages:

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from craftor import checkpoint, chief, interruption, ledger, reward_actors, stage, storage, straggler, stream, watch
 from craftor.collective import agreed, average_gradients, gather
 from craftor.interruption import Interrupted, Next
-from craftor.probe import Probe
 from craftor.recipe import Recipe, Reward, RewardTuning, Tuning
 from craftor.reward_actors import RewardFailed
 from craftor.run_files import FAILURE, METRICS, report_failure, report_gradient, write_json
 from craftor.saver import CheckpointMissed
+from craftor.searching.probe import Probe
 from craftor.tasks import Task, build
 from craftor.updates import averaged, drift, lr_factor, update_average
 

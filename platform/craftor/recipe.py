@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from craftor.explain import explain
 from craftor.guards import Guards
 from craftor.rollout import Rollout, Section, Window
-from craftor.search_settings import MEASURED, Distribution, Search, Value, corners, expand, substitute
+from craftor.searching.settings import MEASURED, Distribution, Search, Value, corners, expand, substitute
 from craftor.task_settings import Denoising, DirectTuning, Part, Prefix, Reward, RewardTuning, Train, Tuning
 
 __all__ = [

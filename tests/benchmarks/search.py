@@ -20,14 +20,14 @@ from rich.console import Console
 from benchmarks import harness
 from craftor import checkpoint, job, trainable
 from craftor.diffuser import load as load_diffuser
-from craftor.judge import Judge, Scores
 from craftor.locate import shipped_recipe
 from craftor.mixture import Member
 from craftor.recipe import Recipe, RewardTuning, load
-from craftor.search import Found, search
-from craftor.search_mix import MIXTURE, search_mix
+from craftor.searching.judge import Judge, Scores
+from craftor.searching.mix import MIXTURE, search_mix
+from craftor.searching.search import Found, search
+from craftor.searching.tuning import trial_folder
 from craftor.statistics import paired
-from craftor.tuning import trial_folder
 
 RECIPE = "micro_search.toml"
 FRESH = 1_000_003

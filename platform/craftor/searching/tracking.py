@@ -7,13 +7,13 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from craftor.fit import METRICS
-from craftor.probe import SCORE, read
 from craftor.recipe import load
 from craftor.run_files import write_json
-from craftor.search_inputs import Shared
-from craftor.study import Study
+from craftor.searching.inputs import Shared
+from craftor.searching.probe import SCORE, read
+from craftor.searching.study import Study
+from craftor.searching.tuning import trial_folder
 from craftor.tracking import Tracker, TrackingUnreachable
-from craftor.tuning import trial_folder
 
 RUN = "run.json"
 

@@ -8,8 +8,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from craftor.search_settings import Search, Value
-from craftor.study import Tried
+from craftor.searching.settings import Search, Value
+from craftor.searching.study import Tried
 
 _STYLES = {"finished": "green", "stopped": "dim", "failed": "red", "running": "cyan"}
 

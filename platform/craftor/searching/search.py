@@ -18,17 +18,17 @@ from craftor import checkpoint, registry, tracking
 from craftor.cluster import ray_session
 from craftor.diffuser import load as load_diffuser
 from craftor.locate import absolute
-from craftor.outcome import reason, require_front
 from craftor.recipe import Recipe, RecipeError, Register, load
 from craftor.run_files import write_json
-from craftor.search_inputs import Shared, check, most_steps, prepare
-from craftor.search_report import write_search_report
-from craftor.search_settings import Value, get
-from craftor.search_table import TrialTable
-from craftor.search_tracking import RUN, Children
-from craftor.search_trial import run_trial
-from craftor.study import Study, Tried
-from craftor.tuning import ERROR, message, trial_folder, tuned
+from craftor.searching.inputs import Shared, check, most_steps, prepare
+from craftor.searching.outcome import reason, require_front
+from craftor.searching.report import write_search_report
+from craftor.searching.settings import Value, get
+from craftor.searching.study import Study, Tried
+from craftor.searching.table import TrialTable
+from craftor.searching.tracking import RUN, Children
+from craftor.searching.trial import run_trial
+from craftor.searching.tuning import ERROR, message, trial_folder, tuned
 
 CHAMPION = "champion"
 NOTE = "search.json"
@@ -177,7 +177,7 @@ def _register(shared: Shared, children: Children, trial: Tried, *, champion: boo
             "craftor.search": shared.folder.name,
             "craftor.trial": str(trial.number),
             "craftor.chosen_by": reason(search),
-            **{f"craftor.search.{metric}": f"{trial.scores[metric]:.6g}" for metric in search.metrics},
+            **{f"craftor.searching.search.{metric}": f"{trial.scores[metric]:.6g}" for metric in search.metrics},
         }
         for key, value in tags.items():
             children.client.set_model_version_tag(name, note["registered"]["version"], key, value)

@@ -15,13 +15,13 @@ from craftor import inputs, preflight, prompts
 from craftor.diffuser import Diffuser
 from craftor.diffuser import load as load_diffuser
 from craftor.explain import explain
-from craftor.judge import BASE, judge_base, search_prompts
 from craftor.locate import locate
 from craftor.prefix_cache import SAMPLES_PER_PART, fill_several, key
 from craftor.prompts import Prepared
 from craftor.recipe import Data, Recipe, RecipeError, RewardTuning
 from craftor.run_files import write_json
-from craftor.search_settings import MEASURED, Value
+from craftor.searching.judge import BASE, judge_base, search_prompts
+from craftor.searching.settings import MEASURED, Value
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from optuna.trial import FrozenTrial
 from PIL import Image
 
-from craftor import search_figures
+from craftor.searching import figures
 from craftor.figures import DARK, LIGHT
-from craftor.outcome import front, points, reason
 from craftor.recipe import Recipe
 from craftor.report import data_uri
-from craftor.search_figures import Column, Point
-from craftor.search_settings import Search
-from craftor.search_table import short, shown
-from craftor.study import Study, Tried
+from craftor.searching.figures import Column, Point
+from craftor.searching.outcome import front, points, reason
+from craftor.searching.settings import Search
+from craftor.searching.study import Study, Tried
+from craftor.searching.table import short, shown
 
 PLOTS = {"pareto": "Between two measures", "importance": "Which keys mattered", "parallel": "All values of all trials"}
 
@@ -43,7 +43,7 @@ def write_search_report(
         with Image.open(io.BytesIO(png)) as image:  # transparent for the page; a file may be shown on anything
             Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).save(pages[-1])
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=FileSystemLoader(Path(__file__).parents[1] / "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -113,15 +113,15 @@ def _plots(
         for trial in measured
     ]
     plots = {
-        "pareto": search_figures.pareto(
+        "pareto": figures.pareto(
             placed, (base[second], base[first]) if second else None, (second or "trial", first), theme
         )
     }
     if shares := importances(study):
-        plots["importance"] = search_figures.importance(shares, theme)
+        plots["importance"] = figures.importance(shares, theme)
     numbers = [index for index, trial in enumerate(measured) if trial in winners]
     scores = np.array([p[0] for p in points(measured, search)])
-    plots["parallel"] = search_figures.parallel(_columns(measured, search, study), scores, numbers, theme)
+    plots["parallel"] = figures.parallel(_columns(measured, search, study), scores, numbers, theme)
     return plots
 
 

@@ -20,22 +20,22 @@ from craftor import checkpoint, registry, tracking, trainable
 from craftor.cluster import ray_session
 from craftor.diffuser import Diffuser
 from craftor.diffuser import load as load_diffuser
-from craftor.judge import BASE, Judge, judge_base
 from craftor.locate import absolute
 from craftor.mixture import Member
-from craftor.outcome import reason, require_front
 from craftor.prefix_cache import weights_digest
-from craftor.probe import SCORE
 from craftor.quickstart import load_run
 from craftor.quiet import hush
 from craftor.recipe import Recipe, RecipeError, RewardTuning, load
 from craftor.run_files import write_json
-from craftor.search_inputs import check
-from craftor.search_report import write_search_report
-from craftor.search_settings import Distribution, Value
-from craftor.search_table import TrialTable
-from craftor.study import Study, Tried
-from craftor.tuning import tuned
+from craftor.searching.inputs import check
+from craftor.searching.judge import BASE, Judge, judge_base
+from craftor.searching.outcome import reason, require_front
+from craftor.searching.probe import SCORE
+from craftor.searching.report import write_search_report
+from craftor.searching.settings import Distribution, Value
+from craftor.searching.study import Study, Tried
+from craftor.searching.table import TrialTable
+from craftor.searching.tuning import tuned
 
 ENCODERS, MIXTURE = "encoders.json", "mixture.json"
 

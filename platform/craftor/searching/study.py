@@ -16,7 +16,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.samplers import BaseSampler, GridSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
-from craftor.search_settings import Distribution, Search, Value
+from craftor.searching.settings import Distribution, Search, Value
 
 STATES = {
     TrialState.RUNNING: "running",

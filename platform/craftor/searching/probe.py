@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from craftor.judge import Judge
 from craftor.mixture import Member
 from craftor.recipe import Recipe, RewardTuning, Search
+from craftor.searching.judge import Judge
 from craftor.tasks import Task
 from craftor.tasks.reward_tuning import RewardTuningTask
 

@@ -13,9 +13,9 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from craftor import checkpoint
 from craftor.fit import TrainingStopped, fit
-from craftor.probe import read
 from craftor.quiet import hush
 from craftor.recipe import load
+from craftor.searching.probe import read
 
 
 def run_trial(config: dict[str, Any]) -> None:

@@ -16,10 +16,10 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from craftor.probe import SCORE, read
-from craftor.search_settings import Search
-from craftor.search_table import TrialTable
-from craftor.study import Study, Tried
+from craftor.searching.probe import SCORE, read
+from craftor.searching.settings import Search
+from craftor.searching.study import Study, Tried
+from craftor.searching.table import TrialTable
 
 ERROR = "error.txt"
 

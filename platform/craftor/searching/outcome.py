@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from craftor.search_settings import Search
-from craftor.study import Tried
+from craftor.searching.settings import Search
+from craftor.searching.study import Tried
 
 
 class NothingFound(RuntimeError):
