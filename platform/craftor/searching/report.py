@@ -12,10 +12,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from optuna.trial import FrozenTrial
 from PIL import Image
 
-from craftor.searching import figures
 from craftor.figures import DARK, LIGHT
 from craftor.recipe import Recipe
 from craftor.report import data_uri
+from craftor.searching import figures
 from craftor.searching.figures import Column, Point
 from craftor.searching.outcome import front, points, reason
 from craftor.searching.settings import Search
