@@ -4,7 +4,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # One arithmetic thread per process: workers set their own, and results are reproducible bit for bit.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install dev quickstart check format test bench-train bench-rewards clean
+.PHONY: install dev quickstart check format test bench-train bench-rewards bench-serve clean
 
 install: .venv/.installed
 dev: .venv/.dev
@@ -41,6 +41,9 @@ bench-train: .venv/.dev
 
 bench-rewards: .venv/.dev
 	PYTHONPATH=tests $(BIN)/python -W ignore -m benchmarks.rewards
+
+bench-serve: .venv/.dev
+	PYTHONPATH=tests $(BIN)/python -W ignore -m benchmarks.serve
 
 clean:
 	rm -rf .venv runs dist
