@@ -4,7 +4,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # One arithmetic thread per process: workers set their own, and results are reproducible bit for bit.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install dev quickstart check format test bench-train bench-rewards bench-search bench-scale clean
+.PHONY: install dev quickstart check format test clean
+.PHONY: bench-train bench-rewards bench-search bench-scale bench-serve
 
 install: .venv/.installed
 dev: .venv/.dev
@@ -49,6 +50,9 @@ bench-search: .venv/.dev
 
 bench-scale: .venv/.dev
 	PYTHONPATH=tests $(BIN)/python -W ignore -m benchmarks.scale
+
+bench-serve: .venv/.dev
+	PYTHONPATH=tests $(BIN)/python -W ignore -m benchmarks.serve
 
 clean:
 	rm -rf .venv runs dist

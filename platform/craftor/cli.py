@@ -193,6 +193,22 @@ def report(
 
 
 @app.command()
+def serve(
+    recipe: Annotated[Path, typer.Argument(help="A TOML file, such as recipes/micro_serve.toml.")],
+    port: Annotated[int | None, typer.Option(help="Instead of the file's.")] = None,
+) -> None:
+    """Serve images from any mixture of encoders over HTTP, on Ray Serve, with a playground for the browser."""
+    from craftor.serving.settings import load as load_serving
+
+    settings = load_serving(recipe)
+    if port is not None:
+        settings = settings.model_copy(update={"http": settings.http.model_copy(update={"port": port})})
+    from craftor.serving.deployment import serve_for_ever
+
+    serve_for_ever(settings)
+
+
+@app.command()
 def sync(run: Annotated[Path, typer.Argument(help="A run folder whose MLflow server was away.")]) -> None:
     """Send metrics to MLflow that an outage held back, and register the encoder if that is still due."""
     from craftor.job import sync as send

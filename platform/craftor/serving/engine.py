@@ -7,7 +7,7 @@ shape in lanes that take turns; within a lane any rows share a call (`batch`). N
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 import torch
@@ -181,9 +181,8 @@ class Engine:
             row.encoded = True
             self._work.notify()
 
-    def _encoded(self, row: Row, future: object) -> None:
-        error = future.exception()  # type: ignore[attr-defined]
-        if error is not None:
+    def _encoded(self, row: Row, future: "Future[None]") -> None:
+        if (error := future.exception()) is not None:
             row.fail(error)
 
     def _ended(self, row: Row, outcome: str = "completed") -> None:

@@ -53,7 +53,9 @@ def describe(engine: Engine, model: str, row: Row) -> dict[str, Any]:
 async def finished(row: Row) -> Float[Tensor, "3 H W"]:
     """A row's image. Raises ApiError where it was given up or came too late."""
     done = asyncio.wrap_future(row.done)
-    done.add_done_callback(lambda ended: ended.exception())  # a row that nobody awaits any more may fail in silence
+    done.add_done_callback(
+        lambda ended: ended.cancelled() or ended.exception()
+    )  # a row that nobody awaits any more may fail in silence
     try:
         return await asyncio.shield(done)
     except EngineEnded:

@@ -28,7 +28,7 @@ class EngineSettings(Section):
     """The largest that is tried when `bucket` is to be measured."""
     queue_seconds: float = Field(10.0, gt=0)
     """Work that may wait, in seconds of a full engine; beyond it requests are refused with 429."""
-    cached_prompts: int = Field(4096, ge=2)
+    cached_prompts: int = Field(512, ge=2)
     threads: int = Field(1, ge=1)
     """CPU threads of one UNet call; bytes depend on it."""
 

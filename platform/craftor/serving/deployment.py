@@ -1,0 +1,122 @@
+"""Replicas on Ray Serve: each is the whole HTTP app around an engine of its own.
+
+Serve routes, scales, restarts and drains; it does not batch. Its `serve.batch` runs a call to its end before the next
+begins and splits batches by parameters, while the engine lets any rows meet at any step. So `max_ongoing_requests` is
+far above what an engine holds: the engine must see what it is to batch, and refuses by cost itself. Every replica holds
+every encoder, so any may answer; what only one of them knows, a job to cancel, is asked of all.
+"""
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+
+from craftor.cluster import ray_session
+from craftor.quiet import hush
+from craftor.serving.api import build_app
+from craftor.serving.jobs import NOT_HERE
+from craftor.serving.service import service
+from craftor.serving.settings import Serving, load, parse
+
+APP, DEPLOYMENT = "craftor", "Replica"
+
+
+@serve.ingress()
+class Replica:
+    """One engine behind HTTP."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        hush()
+        self._open = ExitStack()
+        self._service = self._open.enter_context(service(parse(settings, "serve")))
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_app(self._service, elsewhere=_ask_all)
+
+    def cancel_here(self, job: str, client: str) -> int:
+        """Images given up, or NOT_HERE."""
+        return self._service.jobs.cancel(job, client)
+
+    def check_health(self) -> None:
+        """Serve starts a replica anew whose engine has ended."""
+        if not self._service.engine.alive:
+            raise RuntimeError("a thread of the engine has ended")
+
+    def __del__(self) -> None:
+        self._open.close()
+
+
+async def _ask_all(job: str, client: str) -> int:
+    handle = serve.get_deployment_handle(DEPLOYMENT, APP)
+    answers = await handle.broadcast("cancel_here", job, client).results_async(timeout_s=5, return_exceptions=True)
+    return max((answer for answer in answers if isinstance(answer, int)), default=NOT_HERE)
+
+
+def build(arguments: dict[str, Any]) -> Application:
+    """The application, for `serve run` and `serve deploy`: `{"recipe": FILE}`, or the file's content itself."""
+    if set(arguments) == {"recipe"}:
+        return application(load(Path(arguments["recipe"])))
+    return application(parse(arguments, "args"))
+
+
+def application(settings: Serving) -> Application:
+    replicas = settings.replicas
+    fixed: dict[str, Any] = {"num_replicas": replicas.min}
+    scaled: dict[str, Any] = {
+        "autoscaling_config": {
+            "min_replicas": replicas.min,
+            "max_replicas": replicas.max,
+            "target_ongoing_requests": replicas.target_ongoing_requests,
+        }
+    }
+    deployment = serve.deployment(
+        Replica,
+        name=DEPLOYMENT,
+        ray_actor_options={"num_cpus": replicas.num_cpus, "num_gpus": replicas.num_gpus},
+        max_ongoing_requests=replicas.max_ongoing_requests,
+        health_check_period_s=2,
+        health_check_timeout_s=10,
+        graceful_shutdown_timeout_s=60,
+        **(fixed if replicas.min == replicas.max else scaled),
+    )
+    return deployment.bind(_absolute(settings).model_dump(mode="json"))
+
+
+def start(settings: Serving) -> None:
+    """Serve on the settings' address; returns when the application answers."""
+    serve.start(http_options={"host": settings.http.host, "port": settings.http.port})
+    serve.run(application(settings), name=APP, route_prefix="/")
+
+
+def serve_for_ever(settings: Serving) -> None:
+    """What `craftor serve` does: a local Ray, or that of `RAY_ADDRESS`, until interrupted."""
+    with ray_session(num_workers=int(settings.replicas.max * settings.replicas.num_cpus)):
+        start(settings)
+        host, port = settings.http.host, settings.http.port
+        print(f"http://{host}:{port}/v1/images/generations", flush=True)
+        if settings.http.playground:
+            print(f"http://{host}:{port}/playground", flush=True)
+        try:
+            while True:
+                time.sleep(3600)
+        except KeyboardInterrupt:
+            serve.shutdown()
+
+
+def _absolute(settings: Serving) -> Serving:
+    """Local paths made absolute: replicas have another working directory."""
+
+    def fix(path: str) -> str:
+        return str(Path(path).resolve()) if Path(path).exists() else path
+
+    return settings.model_copy(
+        update={
+            "model": settings.model.model_copy(update={"path": fix(settings.model.path)}),
+            "encoders": {name: fix(source) for name, source in settings.encoders.items()},
+            "runs": str(Path(settings.runs).resolve()),
+        }
+    )

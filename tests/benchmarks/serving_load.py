@@ -1,0 +1,220 @@
+"""Workloads of image requests, the servers they are put to, and open-loop arrivals: what `serve` measures with.
+
+Servers are compared inside one process pinned to one core, without HTTP, which would add the same noise to each:
+`Continuous`, the engine; `Grouped`, the procedure of Ray Serve's `@serve.batch` (take what waits, up to a size, after
+10 ms; run each group of equal parameters to its end), without the hops between Ray's processes that it also costs;
+`Serial`, one request at a time, as a FastAPI route around a pipeline behind a lock. The last two call diffusers' own
+pipeline with embeddings that are encoded per request, in a batch where they can be.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from torch import Tensor
+
+from craftor.diffuser import Diffuser
+from craftor.embed import embed, mix
+from craftor.serving.engine import Engine
+from craftor.serving.work import ImageRequest, Row, Share
+
+SUBJECTS = (
+    "a small red star",
+    "a large blue ring",
+    "a green square",
+    "a large yellow circle on black",
+    "two cyan stars",
+)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request of a workload: when it comes, and when its client hangs up, in units of the workload's horizon."""
+
+    request: ImageRequest
+    burst: float = 0.0
+    hangs_up: float | None = None
+
+
+def workload(name: str, number: int, seed: int, encoders: Sequence[Share]) -> list[Ask]:
+    """w1 equal parameters; w2 mixed steps; w3 + guidance; w4 + random mixtures; w5 + 20 % cancels; w6: w4 in bursts."""
+    drawn = np.random.default_rng(seed)
+    asks = []
+    for i in range(number):
+        steps = 20 if name == "w1" else int(drawn.choice([8, 20, 50]))
+        guidance = 5.0 if name in ("w1", "w2") else float(drawn.choice([1.0, 5.0, 7.5]))
+        shares: tuple[Share, ...] = ()
+        if name in ("w4", "w5", "w6"):
+            weights = drawn.dirichlet(np.ones(len(encoders) + 1))[1:]
+            shares = tuple(Share(e.encoder, float(w), e.window) for e, w in zip(encoders, weights, strict=True))
+        request = ImageRequest(
+            str(drawn.choice(SUBJECTS)) + f" {drawn.choice(['crisp', 'soft'])}",
+            seed=seed * 10_000 + i,
+            shares=shares,
+            num_steps=steps,
+            guidance_scale=guidance,
+        )
+        hangs_up = float(drawn.uniform()) if name == "w5" and drawn.uniform() < 0.2 else None
+        asks.append(Ask(request, 0.5 if name == "w6" and i >= number // 2 else 0.0, hangs_up))
+    return asks
+
+
+class Server(Protocol):
+    """Takes a request; the future is its image."""
+
+    name: str
+
+    def submit(self, request: ImageRequest) -> Future: ...
+    def cancel(self, future: Future) -> None: ...
+    def stop(self) -> None: ...
+
+
+class Continuous:
+    """The engine."""
+
+    name = "continuous"
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._rows: dict[Future, Row] = {}
+
+    def submit(self, request: ImageRequest) -> Future:
+        (row,) = self.engine.submit([request])
+        self._rows[row.done] = row
+        return row.done
+
+    def cancel(self, future: Future) -> None:
+        self.engine.cancel([self._rows[future]])
+
+    def stop(self) -> None:
+        self._rows.clear()
+
+
+class Grouped:
+    """Batches that wait for their slowest part; `size` 1 is one request at a time."""
+
+    def __init__(self, base: Diffuser, name: str, size: int, wait: float = 0.01) -> None:
+        self.name, self._base, self._size, self._wait = name, base, size, wait
+        self._pipeline = StableDiffusionPipeline(
+            vae=base.vae,
+            text_encoder=base.text_encoder,
+            tokenizer=base.tokenizer,
+            unet=base.unet,
+            scheduler=DDIMScheduler.from_config(base.scheduler.config),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        self._pipeline.set_progress_bar_config(disable=True)
+        self._queue: queue.SimpleQueue[tuple[ImageRequest, Future] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def submit(self, request: ImageRequest) -> Future:
+        done: Future = Future()
+        self._queue.put((request, done))
+        return done
+
+    def cancel(self, future: Future) -> None:
+        """What has not begun is dropped; what has goes on, as in `serve.batch`."""
+        future.cancel()
+
+    def stop(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (first := self._queue.get()) is not None:
+            batch, until = [first], time.monotonic() + self._wait
+            while len(batch) < self._size:
+                try:
+                    item = self._queue.get(timeout=max(0.0, until - time.monotonic()))
+                except queue.Empty:
+                    break
+                if item is None:
+                    self._queue.put(None)
+                    break
+                batch.append(item)
+            groups: dict[tuple, list[tuple[ImageRequest, Future]]] = {}
+            for request, done in batch:
+                if done.set_running_or_notify_cancel():
+                    mixture = tuple((share.encoder.sha256, share.weight) for share in request.shares)
+                    groups.setdefault((request.num_steps, request.guidance_scale, mixture), []).append((request, done))
+            for group in groups.values():
+                for (_, done), image in zip(group, self._images([request for request, _ in group]), strict=True):
+                    done.set_result(image)
+
+    @torch.inference_mode()
+    def _images(self, requests: Sequence[ImageRequest]) -> Tensor:
+        first = requests[0]
+        texts = [request.prompt for request in requests]
+        if first.guidance_scale > 1:
+            texts.append("")
+        ids = self._base.tokenize(texts)
+        modules = [self._base.encoders, *(share.encoder.modules for share in first.shares)]
+        weights = [share.weight for share in first.shares]
+        embeds = mix([embed(module, ids) for module in modules], [1 - sum(weights), *weights]).embeds
+        null = embeds[len(requests) :].expand(len(requests), -1, -1) if first.guidance_scale > 1 else None
+        return self._pipeline(
+            prompt_embeds=embeds[: len(requests)],
+            negative_prompt_embeds=null,
+            num_inference_steps=first.num_steps,
+            guidance_scale=first.guidance_scale,
+            generator=[torch.Generator().manual_seed(request.seed) for request in requests],
+            output_type="pt",
+        ).images
+
+
+@dataclass
+class Outcome:
+    """What one run of a workload came to."""
+
+    seconds: float
+    """From the first arrival to the last image."""
+    latencies: np.ndarray = field(repr=False)
+    """Of finished images, in order of arrival."""
+
+    @property
+    def rate(self) -> float:
+        return len(self.latencies) / self.seconds
+
+
+def run(server: Server, asks: Sequence[Ask], *, rate: float | None, horizon: float, seed: int) -> Outcome:
+    """Arrivals that do not wait for answers: Poisson at `rate` a second, or all at once (in bursts) without one.
+
+    `horizon` is in seconds: what bursts and hanging up are parts of.
+    """
+    drawn = np.random.default_rng(seed)
+    arrivals = np.cumsum(drawn.exponential(1 / rate, len(asks))) if rate else np.zeros(len(asks))
+    arrivals = arrivals + np.array([ask.burst for ask in asks]) * horizon
+    finished = np.full(len(asks), np.nan)
+    futures: list[Future] = []
+    timers: list[threading.Timer] = []
+    began = time.perf_counter()
+
+    def note(index: int, future: Future) -> None:
+        if not future.cancelled() and future.exception() is None:
+            finished[index] = time.perf_counter() - began
+
+    for index, (ask, at) in enumerate(zip(asks, arrivals, strict=True)):
+        if (pause := at - (time.perf_counter() - began)) > 0:
+            time.sleep(pause)
+        future = server.submit(ask.request)
+        future.add_done_callback(lambda f, index=index: note(index, f))
+        futures.append(future)
+        if ask.hangs_up is not None:
+            timers.append(threading.Timer(ask.hangs_up * horizon, server.cancel, [future]))
+            timers[-1].start()
+    wait(futures)
+    seconds = time.perf_counter() - began
+    for timer in timers:
+        timer.cancel()
+    done = ~np.isnan(finished)
+    return Outcome(seconds, (finished - arrivals)[done])

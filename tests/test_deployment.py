@@ -1,0 +1,105 @@
+"""On Ray Serve: the same bytes from any replica, jobs cancelled wherever they are, and a killed replica comes back."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from craftor.diffuser import load
+from craftor.recipe import Model, RecipeError
+from craftor.serving.settings import Serving, parse
+from craftor.serving.settings import load as load_serving
+from serving_parts import replicas, write_tuned_bundle
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_shipped_files_are_valid_and_mistakes_are_named(tmp_path: Path) -> None:
+    import yaml
+
+    assert load_serving(ROOT / "recipes" / "micro_serve.toml").engine.bucket == 8
+    (app,) = yaml.safe_load((ROOT / "cluster" / "serve.yaml").read_text())["applications"]
+    assert parse(app["args"], "serve.yaml").replicas.max == 4
+    kubernetes = yaml.safe_load((ROOT / "cluster" / "rayservice.yaml").read_text())
+    (app,) = yaml.safe_load(kubernetes["spec"]["serveConfigV2"])["applications"]
+    assert parse(app["args"], "rayservice.yaml").replicas.num_gpus == 1
+    wrong = tmp_path / "wrong.toml"
+    for text, message in (
+        ('model = { path = "micro:base" }\nengin = {}', "engin: unknown key; allowed here: defaults, encoders, engine"),
+        ('model = { path = "micro:base" }\nengine = { mode = "quick" }', "engine.mode: Input should be 'strict' or"),
+        ('model = { path = "micro:base" }\nhttp = { host = "0.0.0.0" }', "'0.0.0.0' is open to others, and tokens is"),
+        ('model = { path = "micro:base" }\nencoders = { base = "x" }', "encoders: 'base' cannot name an encoder"),
+        ('model = { path = "micro:base" }\nlimits = { sizes = ["big"] }', "'big': expected WIDTHxHEIGHT"),
+    ):
+        wrong.write_text(text)
+        with pytest.raises(RecipeError, match=message):
+            load_serving(wrong)
+
+
+@pytest.fixture(scope="module")
+def url(tiny: Path, cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    from ray import serve
+
+    from craftor.serving.deployment import start
+
+    folder = tmp_path_factory.mktemp("deployed")
+    bundle = write_tuned_bundle(tiny, load(Model(path=str(tiny / "pipeline"))), folder, 1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start(
+        Serving.model_validate(
+            {
+                "model": {"path": str(tiny / "pipeline")},
+                "encoders": {"tuned": str(bundle)},
+                "runs": str(folder),
+                "engine": {"bucket": 4, "queue_seconds": 1000.0},
+                "limits": {"steps": 1000},
+                "http": {"port": port},
+                "replicas": {"min": 2, "max": 2, "num_cpus": 0.5},
+            }
+        )
+    )
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
+
+
+def ask(url: str, *, job: str | None = None, **body: object) -> httpx.Response:
+    headers = {"X-Job-Id": job} if job else {}
+    return httpx.post(
+        f"{url}/v1/images/generations", json={"prompt": "a red star", **body}, headers=headers, timeout=60
+    )
+
+
+@pytest.mark.ray
+def test_replicas_agree_cancel_and_come_back(url: str) -> None:
+    body = {"seed": 1, "steps": 4, "mix": {"tuned": 0.5}}
+    answers = [ask(url, **body).json()["data"] for _ in range(6)]
+    assert len(answers[0]) == 1 and all(answer == answers[0] for answer in answers)
+    assert ask(url, mix={"none": 1}).json()["error"]["code"] == "encoder_not_found"
+
+    ended: list[httpx.Response] = []
+    long = threading.Thread(target=lambda: ended.append(ask(url, job="long", steps=1000, n=8)))
+    long.start()
+    for _ in range(100):  # whichever replica is asked, the one that holds the job hears of it
+        if (told := httpx.delete(f"{url}/v1/jobs/long", timeout=30)).status_code == 200:
+            break
+        time.sleep(0.05)
+    long.join()
+    assert told.json()["cancelled_images"] == 8 and ended[0].json()["error"]["code"] == "cancelled"
+
+    before = replicas()
+    assert len(before) == 2
+    before[0].kill()
+    began = time.monotonic()
+    while time.monotonic() - began < 60:
+        statuses = [ask(url, **body).status_code for _ in range(4)]
+        if len(replicas()) == 2 and before[0] not in replicas() and statuses == [200] * 4:
+            break
+        time.sleep(0.5)
+    assert ask(url, **body).json()["data"] == answers[0]
+    assert len(replicas()) == 2 and time.monotonic() - began < 60
