@@ -63,7 +63,8 @@ def train(
         away = "://" in resume
         if (overrides and recipe is None) or (out and not away):
             raise RecipeError("--resume goes on with the run's own recipe and folder; --set and --out do not apply")
-        load_run(resume)
+        if not away:
+            load_run(Path(resume))
         from craftor.job import resume as go_on
 
         folder = Path(resume)

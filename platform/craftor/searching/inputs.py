@@ -82,7 +82,7 @@ def check(recipe: Recipe, source: Path) -> None:
 def prepare(recipe: Recipe, folder: Path) -> Shared:
     """Make what is not there yet; may be called again after an interruption."""
     assert isinstance(recipe.task, RewardTuning) and recipe.search is not None
-    search, concurrent = recipe.search, recipe.search.concurrent * recipe.workers.num
+    search, concurrent = recipe.search, recipe.search.concurrent * recipe.workers.most
     starts = _starts(recipe) if search.share_prefix else [0]
     # On a worker's device, beside the prefixes.
     base = ray.remote(num_cpus=1, num_gpus=int(recipe.workers.gpu))(judge_base).remote(

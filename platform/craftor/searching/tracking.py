@@ -55,7 +55,7 @@ class Children:
                 child.figures(
                     {f"search/{k}": v for k, v in line.items() if k not in ("step", SCORE)}, int(line["step"])
                 )
-            child.finish(failed=trial.state == "failed")
+            child.finish("FAILED" if trial.state == "failed" else "FINISHED")
         write_json(folder / RUN, {**note, "sent": trial.state})
 
 

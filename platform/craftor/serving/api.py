@@ -226,7 +226,8 @@ async def _unless_gone(request: Request, work: "asyncio.Future[list[Any]]") -> l
 
     left = asyncio.ensure_future(gone())
     try:
-        await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
+        both: set[asyncio.Future[Any]] = {work, left}
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
             raise ApiError(499, "the client hung up", code="cancelled")
         return work.result()

@@ -25,7 +25,7 @@ def measure(
     found = {}
     for size in sizes:
         latents = torch.zeros((size, *latent_shape), device=unet.unet.device)
-        rows = condition.map(lambda tensor, size=size: tensor.expand(size, *tensor.shape[1:]).contiguous())
+        rows = condition[torch.zeros(size, dtype=torch.long)]
         timesteps = torch.zeros(size, dtype=torch.long, device=latents.device)
         seconds = []
         with torch.inference_mode():

@@ -94,8 +94,8 @@ async def events(engine: Engine, model: str, size: str, job: str, asked: Asked) 
                     yield event("image_generation.partial_image", common | own, await asyncio.to_thread(png, image))
             for which in [i for i, picture_ in left.items() if picture_ in done]:
                 data, described = left.pop(which).result()
-                own = {"image_index": which, "provenance": described}
-                yield event("image_generation.completed", common | own, data)
+                last: dict[str, Any] = {"image_index": which, "provenance": described}
+                yield event("image_generation.completed", common | last, data)
     except ApiError as error:
         yield b"event: error\ndata: " + json.dumps({"type": "error", **error.body}).encode() + b"\n\n"
     finally:

@@ -28,8 +28,8 @@ class Interpreter:
     def sizes(self) -> dict[str, tuple[int, int]]:
         """(height, width) by `WIDTHxHEIGHT`, the model's own first."""
         height, width = (side * self.base.pixels_per_latent for side in self.base.latent_shape[1:])
-        others = {size: tuple(map(int, size.split("x")))[::-1] for size in self.settings.limits.sizes}
-        return {f"{width}x{height}": (height, width), **others}
+        own = {f"{width}x{height}": (height, width)}
+        return own | {size: (int(h), int(w)) for size in self.settings.limits.sizes for w, h in [size.split("x")]}
 
     def images(self, body: Generation) -> list[ImageRequest]:
         """All images of a request: mixture by mixture, seeds in order."""

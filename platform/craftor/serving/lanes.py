@@ -36,7 +36,7 @@ class Lane:
 
     def fill(self, capacity: int) -> tuple[list[Row], str]:
         """Let waiting rows join while there are slots: those who did, and why no more did."""
-        joined = []
+        joined: list[Row] = []
         while (free := capacity - self.slots) > 0:
             row = self.waiting.pop(free)
             if row is None:

@@ -1,6 +1,7 @@
 """What a replica counts, for Prometheus. Labels are bounded: outcomes, reasons, routes and configured encoders."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -17,7 +18,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        kept = {"registry": self.registry, "namespace": "craftor"}
+        kept: dict[str, Any] = {"registry": self.registry, "namespace": "craftor"}
         self.wait = Histogram("queue_wait_seconds", "From submission to the first step", buckets=_LONG, **kept)
         self.step = Histogram("step_seconds", "One UNet call", buckets=_SHORT, **kept)
         self.overhead = Histogram("step_overhead_seconds", "A step but for its UNet call", buckets=_SHORT, **kept)
