@@ -9,7 +9,8 @@ from craftor.prompts import FORMATS as READERS
 from craftor.recipe import Recipe, RecipeError, RewardTuning, load, parse_override
 from craftor_rewards import REWARDS
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
+# What `craftor serve` reads has a schema of its own.
+RECIPES = sorted(p for p in (Path(__file__).parents[1] / "recipes").glob("*.toml") if "serve" not in p.stem)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
