@@ -4,7 +4,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # One arithmetic thread per process: workers set their own, and results are reproducible bit for bit.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install dev quickstart check format test clean
+.PHONY: install dev quickstart check format test test-slow clean
 .PHONY: bench-train bench-rewards bench-search bench-scale bench-serve
 
 install: .venv/.installed
@@ -33,7 +33,11 @@ format: .venv/.dev
 	$(BIN)/ruff check --fix .
 
 test: .venv/.dev
-	$(BIN)/pytest
+	$(BIN)/pytest -m 'not slow'
+
+# Whole clusters on this machine, and what befalls them: jobs stopped, nodes and networks lost, stores away.
+test-slow: .venv/.dev
+	$(BIN)/pytest -m slow
 
 # Benchmarks write runs/bench/<name>.json and the README's table of it. TRL's last release with AlignPropTrainer is no dependency of ours: a folder.
 bench-train: .venv/.dev

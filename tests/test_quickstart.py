@@ -16,7 +16,7 @@ METRICS = {
     *("count", "shape", "colour", "size", "position", "background", "texture"),
 }
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")

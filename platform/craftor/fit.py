@@ -57,7 +57,7 @@ def fit(recipe: Recipe, run_dir: Path, rows: Path | str, num_rows: int, trial: d
         try:
             with (
                 reward_actors.running(_rewards(recipe)) as scope,
-                interruption.heeding_sigterm() as (request, sigterm),
+                interruption.heeding_sigterm(recipe.workers.processes) as (request, sigterm),
                 storage.mirrored(url, run_dir),
             ):
                 _train(recipe, run_dir, rows, num_rows, {"reward_scope": scope, "stop_request": request}, trial or {})

@@ -58,46 +58,53 @@ class Sigterm:
 
 
 @contextmanager
-def heeding_sigterm() -> Iterator[tuple[Any, Sigterm]]:
-    """Turn SIGTERM into a stop request for the time of the block; yields the actor and whether a signal came.
+def heeding_sigterm(processes: int) -> Iterator[tuple[Any, Sigterm]]:
+    """Turn SIGTERM into a stop request for the time of the block; yields the request and whether a signal came.
 
-    A second SIGTERM does what it did before the block. Only a process's main thread can catch signals: in any other,
-    none is heeded.
+    Workers with processes of their own hear of it from an actor; without any, the signal is the request. A second
+    SIGTERM does what it did before the block. Only a process's main thread can catch signals: in any other, none is
+    heeded.
     """
-    actor, seen = ray.remote(StopRequest).options(num_cpus=0).remote(), Sigterm()
+    seen = Sigterm()
+    actor = ray.remote(StopRequest).options(num_cpus=0).remote() if processes else None
     if threading.current_thread() is not threading.main_thread():
-        yield actor, seen
+        yield actor or seen, seen
         return
     before = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
         seen.came = True
         signal.signal(signal.SIGTERM, before)
-        # Not from the handler itself: it may have interrupted a call into Ray that holds a lock.
-        threading.Thread(target=lambda: ray.get(actor.make.remote()), daemon=True).start()
+        if actor is not None:
+            # Not from the handler itself: it may have interrupted a call into Ray that holds a lock.
+            threading.Thread(target=lambda: ray.get(actor.make.remote()), daemon=True).start()
 
     signal.signal(signal.SIGTERM, on_signal)
     try:
-        yield actor, seen
+        yield actor or seen, seen
     finally:
         signal.signal(signal.SIGTERM, before)
-        ray.kill(actor)
+        if actor is not None:
+            ray.kill(actor)
 
 
 class Listener:
     """Worker 0's ear."""
 
-    def __init__(self, actor: Any) -> None:
-        self.request = actor.made.remote()
+    def __init__(self, request: Any) -> None:
+        self.request = request if isinstance(request, Sigterm) else request.made.remote()
         self.ask_at = time.monotonic() + ASK_EVERY_SECONDS
 
     def heard(self) -> Next:
-        if ray.wait([self.request], timeout=0)[0]:
+        if self._came():
             return Next.SAVE_AND_END
         if time.monotonic() < self.ask_at:
             return Next.STEP
         self.ask_at = time.monotonic() + ASK_EVERY_SECONDS
         return Next.ASK
+
+    def _came(self) -> bool:
+        return self.request.came if isinstance(self.request, Sigterm) else bool(ray.wait([self.request], timeout=0)[0])
 
 
 class Preemptions:
