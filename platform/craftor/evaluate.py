@@ -96,7 +96,7 @@ class Scorer:
         assert isinstance(self.recipe.task, Tuning) and self.recipe.evaluation is not None
         torch.set_num_threads(self.recipe.workers.threads)
         task = self.recipe.task
-        self.diffuser = load(self.recipe.model)
+        self.diffuser = load(self.recipe.model.model_copy(update={"precision": "fp32"}))
         self.guided = self.diffuser.guided(task.rollout)
         self.rewards = {name: build_reward(r.kind, locate(r.weights)) for name, r in task.rewards.items()}
         self.clip = next(reward for reward in self.rewards.values() if isinstance(reward, ClipScore))
