@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow.csv
 import pyarrow.parquet
 import ray.data
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from transformers import CLIPTokenizer
 
 from craftor.locate import locate
@@ -56,7 +55,7 @@ def prepare(data: Data, tokenizers: Mapping[str, str], out: Path) -> Prepared:
     rows = FORMATS[suffix(source)](path, **({} if local else {"filesystem": filesystem}))
     column = "prompt" if suffix(source) == ".txt" else data.column
     # Where the driver is: it alone is sure to have the tokenizers' folders, and `out`.
-    here = {"scheduling_strategy": NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)}
+    here = {"label_selector": {"ray.io/node-id": ray.get_runtime_context().get_node_id()}}
     light = {"compute": ray.data.ActorPoolStrategy(size=1), "batch_size": 4096, "num_cpus": 0, **here}
     rows = rows.map_batches(NumberAndTokenize, fn_constructor_args=(data, column, dict(tokenizers)), **light)
     shutil.rmtree(out, ignore_errors=True)
