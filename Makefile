@@ -35,7 +35,7 @@ format: .venv/.dev
 test: .venv/.dev
 	$(BIN)/pytest -m 'not slow'
 
-# Whole clusters on this machine, and what befalls them: jobs stopped, nodes and networks lost, stores away.
+# Whole searches, deployments and clusters on this machine, and what befalls them: processes, nodes and networks lost.
 test-slow: .venv/.dev
 	$(BIN)/pytest -m slow
 

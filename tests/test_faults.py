@@ -33,6 +33,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory, tiny: Path, cluster: None
     return job.train(load(path, SHORT), path, folder / "run").run_dir
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_killed_prefix_actor_is_replaced(expected: Path, tiny_recipe: Path, tmp_path: Path) -> None:
     out, killed = tmp_path / "run", []

@@ -63,6 +63,7 @@ say("done")
 """
 
 
+@pytest.mark.slow
 def test_workers_of_uneven_shares_give_the_losses_of_one(cluster: None, tiny_recipe: Path, tmp_path: Path) -> None:
     """A range of counts takes what there is room for: three workers, for batches of four."""
     short = {"run.num_steps": 5, "register": None, "optimizer.cosine_from": 1.0}

@@ -43,7 +43,7 @@ def write_search_recipe(tiny: Path, folder: Path) -> Path:
     prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
     path = write_tiny_recipe(tiny, folder)
     path.write_text(
-        path.read_text()
+        path.read_text().replace("num = 0, threads", "num = 1, threads")
         + f"""
 [search]
 prompts = "{prompts}"
@@ -290,6 +290,7 @@ def found(tiny: Path, tmp_path_factory: pytest.TempPathFactory, cluster: None) -
     return search(load(path, overrides), path, folder / "runs" / "tiny-search")
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_search_registers_its_best_and_records_what_failed(found: Any) -> None:
     states = {trial.number: trial.state for trial in found.trials}
@@ -321,6 +322,7 @@ def test_a_search_registers_its_best_and_records_what_failed(found: Any) -> None
     assert (bundle / "text_encoder" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_search_goes_on_where_it_was_interrupted(found: Any, tmp_path: Path) -> None:
     """The last trial was running, one step done; what had ended is not touched, and the outcome is the same bits."""
@@ -353,6 +355,7 @@ def test_a_search_goes_on_where_it_was_interrupted(found: Any, tmp_path: Path) -
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_mixtures_are_searched_without_training(found: Any, tmp_path: Path) -> None:
     from craftor.searching.mix import resume_mix, search_mix

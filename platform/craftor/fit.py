@@ -152,7 +152,8 @@ def train_worker(config: dict[str, Any]) -> None:
             _steps(config, run_dir)
         except (RewardFailed, CheckpointMissed) as error:
             write_json(run_dir / FAILURE, {"message": f"{error}\nThe last checkpoint stands"})
-            raise  # the others wait for this worker's gradient: Ray Train ends them all
+            if ray.train.get_context().get_world_size() > 1:
+                raise  # the others wait for this worker's gradient: Ray Train ends them all
         finally:
             if (url := config["recipe"]["run"]["storage"]) is not None and (run_dir / FAILURE).exists():
                 storage.put(run_dir / FAILURE, f"{url}/{FAILURE}")

@@ -59,7 +59,7 @@ def fill(recipe: Recipe, rows: Prepared, made_from: dict[str, Any], url: str, nu
     """
     assert isinstance(recipe.task, RewardTuning)
     stop = recipe.task.window.span(recipe.task.rollout.num_steps).start
-    return fill_several(recipe, rows, made_from, {stop: url}, num_actors)
+    return fill_several(recipe, rows, made_from, {stop: url}, num_actors, SAMPLES_PER_PART)
 
 
 def fill_several(
@@ -68,7 +68,7 @@ def fill_several(
     made_from: dict[str, Any],
     urls: Mapping[int, str],
     num_actors: int,
-    samples_per_part: int = SAMPLES_PER_PART,
+    samples_per_part: int,
 ) -> int:
     """The same for caches that reach different denoising steps, all in one pass over the samples."""
     assert isinstance(recipe.task, RewardTuning)

@@ -196,6 +196,8 @@ class Recipe(Section):
             return self
         if not isinstance(self.task, RewardTuning):
             raise ValueError(f'search: task.kind = "{self.task.kind}"; allowed: reward_tuning')
+        if not self.workers.num:
+            raise ValueError("search: workers.num = 0, but trials run beside each other; allowed: 1 or more")
         known = (*self.task.rewards, *MEASURED)
         if unknown := [metric for metric in self.search.metrics if metric not in known]:
             why = "; total weighs the rewards differently in every trial" if unknown[0] == "total" else ""
