@@ -2,11 +2,7 @@
 
 import errno
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,9 +10,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
-import torch
 from fsspec.implementations.memory import MemoryFileSystem
-from safetensors.torch import load_file
 
 from craftor import checkpoint, job, ledger, storage
 from craftor.fit import METRICS, TrainingStopped
@@ -146,49 +140,3 @@ def test_a_run_whose_last_checkpoint_cannot_be_written_fails_by_name(tiny_recipe
     recipe = load(tiny_recipe, {"run.num_steps": 2, "run.storage": str(home)})
     with pytest.raises(TrainingStopped, match="the checkpoint of step 2 could not be written to"):
         job.train(recipe, tiny_recipe, tmp_path / "run")
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_run_stopped_on_s3_goes_on_from_there(tiny_recipe: Path, tmp_path: Path) -> None:
-    """SIGTERM to the driver; `--resume s3://…` goes on in a folder that has nothing of it."""
-    pytest.importorskip("moto.server", reason="moto is not installed")
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    env = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
-    env |= {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
-    env |= {"AWS_DEFAULT_REGION": "us-east-1"}
-    bucket = "import fsspec; fsspec.filesystem('s3').makedirs('runs')"
-    subprocess.run([sys.executable, "-c", bucket], env=env, check=True)
-    craftor = [sys.executable, "-m", "craftor", "train"]
-    steps = ["--set", "run.num_steps=40", "--set", "run.checkpoint_every=1000", "--set", "optimizer.cosine_from=1.0"]
-    here, there = tmp_path / "runs" / "here", tmp_path / "elsewhere" / "there"
-    home = "s3://runs/tiny"
-    try:
-        first = subprocess.Popen(
-            [*craftor, str(tiny_recipe), "--out", str(here), *steps, "--set", f"run.storage={home}"], env=env
-        )
-        started = time.monotonic()
-        while not (here / METRICS).exists():
-            assert first.poll() is None and time.monotonic() - started < 120
-            time.sleep(0.1)
-        first.send_signal(signal.SIGTERM)
-        assert first.wait(60) == 143
-        # The second machine has its own MLflow file: the first one's run is not in it.
-        again = env | {"MLFLOW_TRACKING_URI": f"sqlite:///{here.parent / 'mlflow.db'}"}
-        subprocess.run([*craftor, "--resume", home, "--out", str(there)], env=again, check=True, timeout=150)
-    finally:
-        server.stop()
-    stopped, last = checkpoint.latest(here), checkpoint.latest(there)
-    assert stopped is not None and last is not None
-    assert 0 < checkpoint.step_of(stopped) < 40 == checkpoint.step_of(last)
-    assert ledger.audit(there).samples == 160
-    assert [json.loads(line)["step"] for line in (there / METRICS).read_text().splitlines()] == [*range(1, 41)]
-
-
-def same_weights(ours: Path, expected: Path) -> bool:
-    found, wanted = (load_file(folder / "trainer" / "module.safetensors") for folder in (ours, expected))
-    return all(torch.equal(found[name], wanted[name]) for name in wanted)

@@ -66,6 +66,8 @@ def tuned(
                 name="tune",
                 storage_path=str((folder / "ray").resolve()),
                 callbacks=[Watching(study, table, folder, on_end)],
+                # A class's trials would end with a checkpoint: but the study has all there is to keep.
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False if reuse_actors else None),
                 verbose=0,
             ),
         ).fit()
