@@ -140,3 +140,8 @@ def test_a_run_whose_last_checkpoint_cannot_be_written_fails_by_name(tiny_recipe
     recipe = load(tiny_recipe, {"run.num_steps": 2, "run.storage": str(home)})
     with pytest.raises(TrainingStopped, match="the checkpoint of step 2 could not be written to"):
         job.train(recipe, tiny_recipe, tmp_path / "run")
+
+
+def same_weights(ours: Path, expected: Path) -> bool:
+    found, wanted = (load_file(folder / "trainer" / "module.safetensors") for folder in (ours, expected))
+    return all(torch.equal(found[name], wanted[name]) for name in wanted)
