@@ -10,7 +10,9 @@ from pathlib import Path
 
 import fsspec
 import pytest
+import torch
 from fsspec.implementations.memory import MemoryFileSystem
+from safetensors.torch import load_file
 
 from craftor import checkpoint, job, ledger, storage
 from craftor.fit import METRICS, TrainingStopped
