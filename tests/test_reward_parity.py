@@ -28,7 +28,7 @@ from craftor_rewards.preprocess import CLIP_MEAN, CLIP_STD
 
 PROMPTS = ["a red circle", "a small blue star on a plain white background", "there is a big ring"]
 SIZE, WIDTH = 32, 24
-LAION_HEAD = Path("/work/shared/data/aesthetic_heads/sac+logos+ava1-l14-linearMSE.pth")
+LAION_HEAD = Path(__file__).parents[2] / "shared/data/aesthetic_heads/sac+logos+ava1-l14-linearMSE.pth"
 
 
 def random_clip(activation: str) -> tuple[CLIPModel, CLIPTokenizer]:
