@@ -85,7 +85,7 @@ def kernels(device: str) -> dict[str, float]:
     expected = weights @ value
     found = {"sdpa": _error(torch.nn.functional.scaled_dot_product_attention(query, key, value), expected)}
     if device == "cuda" and find_spec("xformers"):
-        from xformers.ops import memory_efficient_attention  # type: ignore[import-not-found]
+        from xformers.ops import memory_efficient_attention  # type: ignore[import-not-found]  # of the gpu extra
 
         swapped = [tensor.transpose(1, 2) for tensor in (query, key, value)]
         found["xformers"] = _error(memory_efficient_attention(*swapped).transpose(1, 2), expected)

@@ -6,6 +6,7 @@ weights (on the meta device), and on one real image for the rewards. A device th
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -153,6 +154,7 @@ def pipeline_parts(recipe: Recipe) -> dict[str, Part]:
             config = CLIPTextConfig.from_pretrained(folder, subfolder=name, attn_implementation="eager")
             length = config.max_position_embeddings
             encoder, ids = family(config), torch.zeros(1, length, dtype=torch.int64)
+            # mypy infers no type for a lambda with defaults.
             parts[name] = measure(encoder.requires_grad_(name in trains), lambda e=encoder, i=ids: e(i)[0])  # type: ignore[misc]
         embeds = torch.randn(rows, length, unet.config.cross_attention_dim, requires_grad=True)
         added = None
@@ -185,7 +187,7 @@ def reward_parts(recipe: Recipe, side: int) -> list[Part]:
             reward = build(settings.kind, locate(settings.weights))
             image = torch.rand(1, 3, side, side, requires_grad=True)
             module = reward.requires_grad_(False) if isinstance(reward, nn.Module) else nn.Identity()
-            parts.append(measure(module, lambda r=reward, i=image: r(i, ["a picture"])))  # type: ignore[misc]
+            parts.append(measure(module, partial(reward, image, ["a picture"])))
     return parts
 
 

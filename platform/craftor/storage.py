@@ -8,6 +8,7 @@ have no rename. Any fsspec URL will do: `s3://bucket/run`, `gs://…`, `file:///
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Event, Thread
@@ -77,7 +78,7 @@ def put(source: Path, url: str) -> None:
     files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
     for path in sorted(files, key=lambda path: path.name == MANIFEST):
         destination = target if path == source else f"{target}/{path.relative_to(source)}"
-        retried(lambda path=path, to=destination: _put_file(filesystem, path, to))  # type: ignore[misc]
+        retried(partial(_put_file, filesystem, path, destination))
 
 
 def _put_file(filesystem: Any, source: Path, target: str) -> None:

@@ -184,6 +184,7 @@ def checkpoint_overhead(out: Path, rounds: int) -> dict[str, float]:
         times = harness.in_turn({"with": saving, "without": lambda: steps(EVERY)}, rounds=rounds, warmup=1)
         lead.saver.wait()
     found = harness.ratio(times["with"], times["without"])
+    # A ratio is a number, its interval two: one dict holds both.
     low, high = found["wall_ci95"]  # type: ignore[misc]
     return {"overhead": float(found["wall"]) - 1, "low": low - 1, "high": high - 1}  # type: ignore[arg-type]
 

@@ -215,6 +215,7 @@ class Engine:
         return self.base.latent_shape[0], height, width
 
     def _lane(self, row: Row) -> Lane:
+        # A size has as many entries as it has; latents have three.
         shape: Shape = tuple(row.latents.shape)  # type: ignore[assignment]
         if shape not in self._lanes:
             seconds = {size: self._pixels(shape) * self.profile[size] for size in self.sizes}
