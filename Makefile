@@ -4,7 +4,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # One arithmetic thread per process: workers set their own, and results are reproducible bit for bit.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install dev quickstart check format test test-slow clean
+.PHONY: install dev quickstart check format test test-ray test-rest test-slow clean
 .PHONY: bench-train bench-rewards bench-search bench-scale bench-serve
 
 install: .venv/.installed
@@ -32,8 +32,15 @@ format: .venv/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Tests that start processes wait more than they compute: the others fill the second core meanwhile.
 test: .venv/.dev
-	$(BIN)/pytest -m 'not slow'
+	$(MAKE) --jobs 2 --output-sync=target test-ray test-rest
+
+test-ray: .venv/.dev
+	$(BIN)/pytest -m 'ray and not slow'
+
+test-rest: .venv/.dev
+	$(BIN)/pytest -m 'not ray and not slow' -p no:cacheprovider
 
 # Whole searches, deployments and clusters on this machine, and what befalls them: processes, nodes and networks lost.
 test-slow: .venv/.dev
@@ -51,12 +58,15 @@ bench-rewards: .venv/.dev
 
 bench-search: .venv/.dev
 	PYTHONPATH=tests $(BIN)/python -W ignore -m benchmarks.search
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.markdown search
 
 bench-scale: .venv/.dev
 	PYTHONPATH=tests $(BIN)/python -W ignore -m benchmarks.scale
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.markdown scale
 
 bench-serve: .venv/.dev
 	PYTHONPATH=tests $(BIN)/python -W ignore -m benchmarks.serve
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.markdown serve
 
 clean:
 	rm -rf .venv runs dist

@@ -105,7 +105,6 @@ def test_four_workers_give_the_losses_of_one(uninterrupted: Path, runs: Path, ti
             assert ours[name] == pytest.approx(alone[name], rel=1e-5, abs=1e-5), (ours["step"], name)
 
 
-@pytest.mark.slow
 def test_a_run_killed_whole_and_then_in_its_worker_ends_with_the_same_bits(
     uninterrupted: Path, runs: Path, tiny_recipe: Path
 ) -> None:

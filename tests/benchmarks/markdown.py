@@ -48,6 +48,9 @@ def _nothing(details: Mapping) -> str:
 TITLES = {
     "train": "One thread, fp32, medians of 20 steps; of two models, tiny and micro, the worse.",
     "rewards": "The micro recipe's step with its rewards in the trainer, and as Ray actors.",
+    "search": "`recipes/micro_search.toml`; gains in the true quality, on held-out prompts and fresh noise.",
+    "scale": "The micro recipe, one thread a worker; prompts made by resampling the public sets.",
+    "serve": "The micro model in strict mode, client and server on this machine; medians over 3 seeds.",
 }
 FIGURES: dict[str, dict[str, tuple[str, str, str]]] = {
     "train": {
@@ -65,6 +68,44 @@ FIGURES: dict[str, dict[str, tuple[str, str, str]]] = {
         "step_seconds_inline": ("seconds a step, inline", ".3f", ""),
         "step_seconds_actors": ("seconds a step, actors", ".3f", ""),
         "bytes_per_image": ("bytes moved per image and reward", ".0f", ""),
+    },
+    "search": {
+        "minutes_16_trials": ("minutes for 16 trials", ".1f", "≤ 20"),
+        "winner_gain": ("quality of the winner over the recipe's own weights", "+.3f", ""),
+        "winner_gain_ci_low": ("the same, lower end of the 95 % interval", "+.3f", "> 0"),
+        "mix_gain_share": ("gain of the best mixture over the winner's", ".2f", "≥ 0.9"),
+        "mix_compute_share": ("its time, trainings included, over the search's", ".2f", "≤ 0.25"),
+        "prefix_cache_time_ratio": ("training time with the shared prefix cache over without", ".2f", "≤ 0.6"),
+    },
+    "scale": {
+        "weak_scaling_2": ("images/s of 2 workers over twice one worker's", ".2f", "≥ 0.9"),
+        "checkpoint_overhead": ("ledger and a checkpoint every 20 steps, share of step time", ".3f", "≤ 0.03"),
+        "recovery_seconds": ("seconds from a worker's death to the next optimiser step", ".1f", "≤ 30"),
+        "prompts_per_second": ("prompts read, filtered, deduplicated and tokenised a second", ".0f", ""),
+        "prompts_over_training": ("the same over what training consumes", ".0f", "≥ 20"),
+        "prompts_peak_gib": ("peak memory of 1,000,000 prompts, GiB", ".2f", "≤ 3"),
+        "plan_time_error": ("`craftor plan` on this CPU: error of time", ".2f", "≤ 0.25"),
+        "plan_memory_error": ("the same, of memory", ".2f", "≤ 0.2"),
+    },
+    "serve": {
+        "w1_over_batch": ("images/s over `serve.batch`, equal parameters", ".2f", "≥ 1"),
+        "w2_over_batch": ("the same, mixed numbers of steps", ".2f", ""),
+        "w3_over_batch": ("the same, and mixed guidance", ".2f", "≥ 2"),
+        "w4_over_batch": ("the same, and mixtures of four encoders", ".2f", "≥ 2.2"),
+        "w4_over_serial": ("the same over one at a time", ".2f", "≥ 2.2"),
+        "w5_over_batch": ("with a fifth of requests cancelled, over `serve.batch`", ".2f", ""),
+        "w6_over_batch": ("in bursts, over `serve.batch`", ".2f", ""),
+        "w4_of_ceiling": ("share of what the UNet alone could do", ".2f", "≥ 0.85"),
+        "w4_p95_over_solo": ("95th percentile of latency at 0.8 of saturation over one request's alone", ".2f", "≤ 3"),
+        "engine_overhead": ("everything but the UNet call, share of a full step", ".3f", "≤ 0.1"),
+        "overload_p95_ratio": ("95th percentile at 3 × saturation over that at 0.8", ".2f", "≤ 2"),
+        "overload_5xx": ("server errors under overload", ".0f", "0"),
+        "soak_5xx": ("server errors in 10 minutes at 0.8", ".0f", "0"),
+        "soak_rss_growth": ("growth of memory in them", ".3f", "≤ 0.05"),
+        "promotion_failures": ("requests failed by promotions under load", ".0f", "0"),
+        "recovery_seconds": ("seconds until a killed replica is back", ".1f", "≤ 30"),
+        "fuzz_cases": ("generated requests against the OpenAPI document", ".0f", "≥ 2000"),
+        "fuzz_5xx": ("server errors among them", ".0f", "0"),
     },
 }
 """By benchmark and key: what the figure is, its format and what was aimed at."""

@@ -14,7 +14,7 @@ from craftor.denoise import Guided, Prompt
 from craftor.embed import Condition
 
 Mode = Literal["strict", "fast"]
-TOLERANCE = 0.05
+TOLERANCE = 0.1
 """A larger bucket must make a slot at least so much cheaper to be worth its longer step."""
 
 
