@@ -199,3 +199,12 @@ def test_what_is_compiled_is_what_runs(tiny: Path, tiny_recipe: Path) -> None:
     unet = RewardTuningTask(Recipe.model_validate(data)).module["unet"]
     assert unet._compiled_call_impl is not None
     assert load(Model(path=str(tiny / "pipeline"))).unet._compiled_call_impl is None
+
+
+def test_rounded_weights_give_the_bits_of_rounding_at_every_call(tiny: Path) -> None:
+    diffuser = load(Model(path=str(tiny / "pipeline"), precision="bf16"))
+    guided, latents = diffuser.guided(Rollout(num_steps=2)), torch.randn(1, *diffuser.latent_shape)
+    prompt = Prompt(diffuser.null(), diffuser.null())
+    expected = guided.output(latents, prompt, 500)
+    assert diffuser.hold_rounded().unet.conv_in.weight.dtype == torch.bfloat16
+    assert torch.equal(guided.output(latents, prompt, 500), expected)

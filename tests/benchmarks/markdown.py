@@ -50,7 +50,7 @@ TITLES = {
     "rewards": "The micro recipe's step with its rewards in the trainer, and as Ray actors.",
     "search": "`recipes/micro_search.toml`; gains in the true quality, on held-out prompts and fresh noise.",
     "scale": "The micro recipe, one thread a worker; prompts made by resampling the public sets.",
-    "serve": "The micro model in strict mode, client and server on this machine; medians over 3 seeds.",
+    "serve": "The micro model in bf16 and strict mode, client and server on this machine; medians over 3 seeds.",
 }
 FIGURES: dict[str, dict[str, tuple[str, str, str]]] = {
     "train": {

@@ -4,9 +4,10 @@ Servers are compared inside one process pinned to one core, without HTTP, which 
 `Continuous`, the engine; `Grouped`, the procedure of Ray Serve's `@serve.batch` (take what waits, up to a size, after
 10 ms; run each group of equal parameters to its end), without the hops between Ray's processes that it also costs;
 `Serial`, one request at a time, as a FastAPI route around a pipeline behind a lock. The last two call diffusers' own
-pipeline with embeddings that are encoded per request, in a batch where they can be.
+pipeline, wholly in the engine's precision, with embeddings that are encoded per request, in a batch where they can be.
 """
 
+import copy
 import queue
 import threading
 import time
@@ -103,15 +104,15 @@ class Grouped:
     def __init__(self, base: Diffuser, name: str, size: int, wait: float = 0.01) -> None:
         self.name, self._base, self._size, self._wait = name, base, size, wait
         self._pipeline = StableDiffusionPipeline(
-            vae=base.vae,
-            text_encoder=base.text_encoder,
+            vae=copy.deepcopy(base.vae),
+            text_encoder=copy.deepcopy(base.text_encoder),
             tokenizer=base.tokenizer,
-            unet=base.unet,
+            unet=copy.deepcopy(base.unet),
             scheduler=DDIMScheduler.from_config(base.scheduler.config),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
-        )
+        ).to(base.precision)
         self._pipeline.set_progress_bar_config(disable=True)
         self._queue: queue.SimpleQueue[tuple[ImageRequest, Future] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, daemon=True)

@@ -44,7 +44,7 @@ class Service:
 @contextmanager
 def service(settings: Serving) -> Iterator[Service]:
     """Load, measure and start; stop at the end of the block. Raises what loading the base and the encoders raises."""
-    base = load(settings.model)
+    base = load(settings.model).hold_rounded()
     check_sizes(settings, base)
     library = Library(base, settings.encoders, _resolve(settings))
     metrics = Metrics()
