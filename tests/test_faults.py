@@ -120,35 +120,6 @@ def stop(server: subprocess.Popen) -> None:
         server.wait()
 
 
-class doing:
-    """A thread beside the block; what it raises is raised on leaving."""
-
-    def __init__(self, work: Callable[[], None]) -> None:
-        self.work, self.error = work, None
-
-    def __enter__(self) -> None:
-        self.thread = threading.Thread(target=self.run, daemon=True)
-        self.thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.thread.join(timeout=60)
-        if self.error is not None:
-            raise self.error
-
-    def run(self) -> None:
-        try:
-            self.work()
-        except (AssertionError, OSError) as error:
-            self.error = error
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
-    started = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started < seconds, "waited too long"
-        time.sleep(0.05)
-
-
 def steps(out: Path) -> int:
     return len((out / METRICS).read_text().splitlines()) if (out / METRICS).exists() else 0
 

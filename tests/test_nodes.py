@@ -1,16 +1,84 @@
-"""As many workers as there is room for: the same training, or a wait and a refusal."""
+"""A run over Ray nodes that come and go: fewer workers, more workers, notice of preemption; the same training."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from watched_runs import assert_close, lines
 
-from craftor import job, ledger
+from craftor import checkpoint, job, ledger
 from craftor.cluster import TooFewResources, await_workers
-from craftor.fit import METRICS
 from craftor.recipe import Workers, load
 
 pytestmark = pytest.mark.ray
+# Two nodes with room for one worker each. The second gets ten seconds' notice, is killed when they are over, and comes
+# back; when two workers train again the driver gets SIGTERM.
+PROGRAM = """
+import json, os, signal, sys, threading, time
+from pathlib import Path
+
+import ray
+from ray._raylet import GcsClient
+from ray.cluster_utils import Cluster
+
+recipe_file, out, events, changes = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4])
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+node = cluster.add_node(num_cpus=1)
+cluster.wait_for_nodes()
+os.environ["RAY_ADDRESS"] = cluster.address
+
+from craftor import checkpoint, job, recipe, run_files
+from craftor.interruption import Interrupted
+
+started, said = time.monotonic(), []
+
+def say(event):
+    last = checkpoint.latest(out)
+    said.append([event, round(time.monotonic() - started, 1), steps(), checkpoint.step_of(last) if last else 0])
+    events.write_text(json.dumps(said))
+
+def steps():
+    return len((out / "metrics.jsonl").read_bytes().splitlines()) if (out / "metrics.jsonl").exists() else 0
+
+def workers():
+    '''Of the newest checkpoint's last steps.'''
+    last = checkpoint.latest(out)
+    return json.loads((last / "trainer" / "ledger.jsonl").read_text().splitlines()[-1])["workers"] if last else 0
+
+def wait(condition):
+    while not condition():
+        time.sleep(0.05)
+
+def come_and_go():
+    wait(lambda: workers() == 2)
+    say("notice")
+    gcs = GcsClient(address=cluster.gcs_address)
+    over = time.time() + 10
+    assert gcs.drain_node(node.node_id, 2, "the test takes it back", int(over * 1000))[0]
+    wait(lambda: any("a node will go" in note for note in run_files.notes(out)))
+    say("saved")
+    time.sleep(max(0, over - time.time()))
+    cluster.remove_node(node, allow_graceful=False)
+    say("gone")
+    wait(lambda: workers() == 1)
+    say("alone")
+    cluster.add_node(num_cpus=1)
+    say("back")
+    wait(lambda: workers() == 2)
+    say("grown")
+    os.kill(os.getpid(), signal.SIGTERM)
+
+threading.Thread(target=come_and_go, daemon=True).start()
+try:
+    job.train(recipe.load(recipe_file, changes), recipe_file, out)
+except Interrupted as error:
+    say("stopped")
+ray.shutdown()
+cluster.shutdown()
+"""
 
 
 @pytest.mark.slow
@@ -31,5 +99,30 @@ def test_too_small_a_cluster_is_waited_for_then_refused(cluster: None, capsys: p
     assert "waiting for 64 CPUs" in capsys.readouterr().out
 
 
-def lines(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
+@pytest.mark.slow
+def test_a_run_shrinks_and_grows_with_its_nodes(tiny_recipe: Path, tmp_path: Path) -> None:
+    changes = {
+        "workers.num": [1, 2],
+        "workers.resize_s": 2.0,
+        "run.num_steps": 100_000,
+        "run.batch_size": 16,
+        "run.checkpoint_every": 20,
+        "optimizer.cosine_from": 1.0,
+        "optimizer.lr": 1e-5,
+        "register": None,
+    }
+    out, events = tmp_path / "run", tmp_path / "events.json"
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with (tmp_path / "log").open("wb") as log:
+        program = [sys.executable, "-c", PROGRAM, str(tiny_recipe), str(out), str(events), json.dumps(changes)]
+        subprocess.run(program, env=env, check=True, timeout=400, stdout=log, stderr=log)
+    said = {event: (step, saved) for event, _, step, saved in json.loads(events.read_text())}
+    print(events.read_text())
+    assert list(said) == ["notice", "saved", "gone", "alone", "back", "grown", "stopped"]
+    proof = ledger.audit(out)
+    assert proof.workers == [2, 1, 2]
+    last = checkpoint.latest(out)
+    assert last is not None and checkpoint.step_of(last) == len(lines(out))
+    same = changes | {"workers.num": 0, "run.num_steps": checkpoint.step_of(last)}
+    alone = job.train(load(tiny_recipe, same), tiny_recipe, tmp_path / "alone").run_dir
+    assert_close(out, alone)

@@ -8,6 +8,7 @@ import torch
 from craftor import calibrate
 from craftor.devices import DEVICES
 from craftor.estimate import Prediction, calls, count, counting, predict, summary
+from craftor.locate import shipped_recipe
 from craftor.memory import graph_size
 from craftor.recipe import Denoising, Recipe, RecipeError, load
 from craftor.tasks import build
@@ -31,6 +32,16 @@ def test_counted_work_is_what_a_step_does(tiny_recipe: Path, window: dict) -> No
     with counting() as counter:
         task.step(rows)
     assert sum(count(recipe).flops.values()) == pytest.approx(counter.get_total_flops() / 8, rel=0.05)
+
+
+def test_the_shipped_model_is_counted() -> None:
+    """Its autoencoder is another class than the tiny one's."""
+    recipe = load(shipped_recipe("micro_textcraftor.toml"), {"workers.num": 1, "run.batch_size": 2})
+    task = build(recipe)
+    rows = calibrate.sample_rows(task.diffuser.tokenize([calibrate.PROMPT] * 2), recipe)
+    with counting() as counter:
+        task.step(rows)
+    assert sum(count(recipe).flops.values()) == pytest.approx(counter.get_total_flops() / 2, rel=0.05)
 
 
 def test_counted_activations_are_what_the_graphs_hold(tiny_recipe: Path) -> None:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,6 +23,7 @@ from craftor.recipe import Recipe, RecipeError, RewardTuning
 from craftor.replay import kept_steps
 from craftor_rewards import build
 
+VAES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 UTILISATION = 0.4
 """Of a device's peak, in convolutions and attention of this size."""
 NETWORK_BYTES = 12.5e9
@@ -143,7 +144,8 @@ def pipeline_parts(recipe: Recipe) -> dict[str, Part]:
     parts: dict[str, Part] = {}
     with torch.device("meta"):
         unet: Any = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder, subfolder="unet"))
-        vae: Any = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae"))
+        vae_config = AutoencoderKL.load_config(folder, subfolder="vae")
+        vae: Any = VAES[vae_config["_class_name"]].from_config(vae_config)
         unet.set_attn_processor(AttnProcessor())  # its matrix products are counted; the fused ones do the same
         side = unet.config.sample_size
         rows = 1 if recipe.task.rollout.guidance_scale == 1 else 2
@@ -165,8 +167,7 @@ def pipeline_parts(recipe: Recipe) -> dict[str, Part]:
             unet.requires_grad_("unet" in trains), lambda: unet(latents, 500, embeds, added_cond_kwargs=added).sample
         )
         image = torch.randn(1, vae.config.latent_channels, side, side, requires_grad=True)
-        decoder = nn.ModuleList([vae.decoder, vae.post_quant_conv]).requires_grad_(False)
-        parts["vae"] = measure(decoder, lambda: vae.decode(image).sample)
+        parts["vae"] = measure(vae.requires_grad_(False), lambda: vae.decode(image).sample)
     return parts
 
 

@@ -27,7 +27,7 @@ from craftor.collective import agreed, average_gradients, gather
 from craftor.interruption import Interrupted, Next
 from craftor.recipe import Recipe, Reward, RewardTuning, Tuning
 from craftor.reward_actors import RewardFailed
-from craftor.run_files import FAILURE, METRICS, report_failure, report_gradient, write_json
+from craftor.run_files import FAILURE, METRICS, note, report_failure, report_gradient, write_json
 from craftor.saver import CheckpointMissed
 from craftor.searching.probe import Probe
 from craftor.tasks import Task, build
@@ -248,6 +248,7 @@ def _steps(config: dict[str, Any], run_dir: Path) -> None:
                     lead.save(step, task, optimizer, average, samples)
                 if lead is not None and leaves:
                     lead.saver.wait()
+                    note(run_dir, f"notice that a node will go ({', '.join(leaves)}): step {step} is saved")
             if then >= Next.SAVE_AND_END:
                 return
             if probe is not None and probe.due(step):

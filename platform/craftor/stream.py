@@ -15,6 +15,8 @@ import ray.data
 import torch
 from torch import Tensor
 
+from craftor.storage import retried
+
 IDS = "input_ids"
 """Column of the first encoder's token ids; the second's is `input_ids_2`."""
 
@@ -46,10 +48,16 @@ def slots(batch_size: int, rank: int, world_size: int) -> range:
 
 
 def read(folder: Path | str) -> ray.data.Dataset:
-    """The prepared rows of a folder or fsspec URL, in order of their `index` column."""
+    """The prepared rows of a folder or fsspec URL, in order of their `index` column.
+
+    Reading asks for no CPU: elastic workers take every one there is, and would wait for their rows for ever.
+    """
     filesystem, path = fsspec.core.url_to_fs(str(folder))
     local = filesystem.protocol in ("file", ("file", "local"))
-    return ray.data.read_parquet(sorted(filesystem.glob(f"{path}/*.parquet")), filesystem=None if local else filesystem)
+    paths = sorted(retried(lambda: filesystem.glob(f"{path}/*.parquet")))
+    context = ray.data.DataContext.get_current()
+    context.use_datasource_v2 = False  # its listing of files takes a CPU, whatever one says
+    return ray.data.read_parquet(paths, filesystem=None if local else filesystem, num_cpus=0)
 
 
 def batches(

@@ -1,0 +1,109 @@
+"""Watch a run from outside, do something to it on the way, compare what it left."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from craftor import checkpoint
+from craftor.fit import METRICS
+
+TRAIN = [sys.executable, "-m", "craftor", "train"]
+
+
+class doing:
+    """A thread beside the block; what it raises is raised on leaving."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self.work, self.error = work, None
+
+    def __enter__(self) -> None:
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.thread.join(timeout=60)
+        if self.error is not None:
+            raise self.error
+
+    def run(self) -> None:
+        try:
+            self.work()
+        except (AssertionError, OSError) as error:
+            self.error = error
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen | None = None, seconds: float = 120) -> None:
+    started = time.monotonic()
+    while not condition():
+        assert process is None or process.poll() is None, f"it ended by itself with {process.returncode}"
+        assert time.monotonic() - started < seconds, "waited too long"
+        time.sleep(0.05)
+
+
+def num_steps(out: Path) -> int:
+    """Steps written down so far."""
+    return len((out / METRICS).read_bytes().splitlines()) if (out / METRICS).exists() else 0
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
+
+
+def last_step(out: Path) -> int:
+    """Of the newest complete checkpoint; 0 where there is none."""
+    last = checkpoint.latest(out)
+    return 0 if last is None else checkpoint.step_of(last)
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    last = checkpoint.latest(out)
+    assert last is not None
+    return load_file(last / "trainer" / "module.safetensors")
+
+
+def assert_same_weights(ours: Path, expected: Path) -> None:
+    found, wanted = weights(ours), weights(expected)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def assert_close(ours: Path, expected: Path) -> None:
+    """For other numbers of workers: losses and weights to 1e-5."""
+    for own, wanted in zip(lines(ours), lines(expected), strict=True):
+        assert own["loss"] == pytest.approx(wanted["loss"], rel=1e-5, abs=1e-5), own["step"]
+    found = weights(ours)
+    for name, tensor in weights(expected).items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def processes(title: str) -> list[psutil.Process]:
+    """This process's descendants whose command line has `title` in it."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if title in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def end(process: subprocess.Popen) -> None:
+    """Kill it and all it has started; nothing where it ended by itself."""
+    if process.poll() is None:
+        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        for member in family:
+            try:
+                member.send_signal(signal.SIGKILL)
+            except psutil.NoSuchProcess:
+                continue
+        process.wait()
