@@ -13,11 +13,10 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def ray_session(num_workers: int, *, dashboard: bool = False) -> Iterator[None]:
+def ray_session(num_workers: int) -> Iterator[None]:
     """Join the cluster of `RAY_ADDRESS` (or of the submitted job), else start one here for the time of the block.
 
-    A local cluster gets a few logical CPUs beyond the workers' for Ray Data's light stages. It needs a dashboard where
-    a run may be ended from outside: what gives the CPUs of such a run back asks the dashboard whether it is alive.
+    A local cluster gets a few logical CPUs beyond the workers' for Ray Data's light stages.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")
@@ -43,7 +42,7 @@ def ray_session(num_workers: int, *, dashboard: bool = False) -> Iterator[None]:
         local = "RAY_ADDRESS" not in os.environ
         with held_stderr():  # Ray reports the log level it was told
             ray.init(
-                **({"address": "local", "num_cpus": num_workers + 2, "include_dashboard": dashboard} if local else {}),
+                **({"address": "local", "num_cpus": num_workers + 2, "include_dashboard": False} if local else {}),
                 logging_level="ERROR",
                 log_to_driver=False,
                 runtime_env={"env_vars": _worker_environment()},

@@ -70,7 +70,7 @@ def resume(out: Path) -> Found:
 def _run(recipe: Recipe, out: Path, connected: Any) -> Found:
     assert recipe.search is not None
     started = time.monotonic()
-    with ray_session(recipe.search.concurrent * recipe.num_processes, dashboard=True):  # trials are stopped
+    with ray_session(recipe.search.concurrent * recipe.num_processes):
         shared = prepare(recipe, out)
         if missing := [metric for metric in recipe.search.metrics if metric not in shared.base]:
             raise RecipeError(f"{out / 'recipe.toml'}: search: no prompt of {recipe.search.prompts} has {missing[0]}")
