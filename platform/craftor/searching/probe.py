@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ray.util import get_current_placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, PlacementGroupID
+
 from craftor.mixture import Member
 from craftor.recipe import Recipe, RewardTuning, Search
 from craftor.searching.judge import Judge
@@ -11,6 +14,8 @@ from craftor.tasks import Task
 from craftor.tasks.reward_tuning import RewardTuningTask
 
 EVALUATIONS = "evaluations.jsonl"
+RESERVED = "placement_group"
+"""File with the id of what Ray reserved for the trial's workers."""
 SCORE = "score"
 """What trials are compared by on the way: the first objective, more is better."""
 
@@ -32,6 +37,8 @@ class Probe:
             temporary = self.path.with_suffix(".writing")
             temporary.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
             temporary.rename(self.path)
+            if (group := get_current_placement_group()) is not None:
+                (run_dir / RESERVED).write_text(group.id.hex())
 
     def due(self, step: int) -> bool:
         return step == self.num_steps or (self.search.asha is not None and step % self.search.asha.every == 0)
@@ -68,3 +75,15 @@ def read(run_dir: Path) -> list[dict[str, float]]:
     path = run_dir / EVALUATIONS
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def release(run_dir: Path) -> None:
+    """Give back what was reserved for the workers of a trial that has ended.
+
+    Ray Train leaves that to an actor which asks the dashboard whether the run's controller lives; a local Ray has no
+    dashboard, and every trial that the scheduler stopped would keep its CPUs.
+    """
+    path = run_dir / RESERVED
+    if path.exists():
+        remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(path.read_text())))
+        path.unlink()

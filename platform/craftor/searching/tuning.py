@@ -6,6 +6,7 @@ Optuna itself, whose storage knows every trial the moment it begins.
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +17,14 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from craftor.searching.probe import SCORE, read
+from craftor.searching.probe import SCORE, read, release
 from craftor.searching.settings import Search
 from craftor.searching.study import Study, Tried
 from craftor.searching.table import TrialTable
 
 ERROR = "error.txt"
+ENDING_SECONDS = 5.0
+"""After which nothing of a trial that has ended is at work: its controller would ask for other workers."""
 
 
 def tuned(
@@ -153,9 +156,16 @@ class Watching(tune.Callback):
 
     def __init__(self, study: Study, table: TrialTable, folder: Path, on_end: Callable[[int], None]) -> None:
         self.study, self.table, self.folder, self.on_end = study, table, folder, on_end
+        self.ended: dict[int, float] = {}
+        """Trials whose workers' reservation is still to be released, and since when they have ended."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # see `Asking`
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        for number in [n for n, since in self.ended.items() if time.monotonic() - since > ENDING_SECONDS]:
+            del self.ended[number]
+            release(trial_folder(self.folder, number))
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._show(trial)
@@ -167,8 +177,7 @@ class Watching(tune.Callback):
         self._show(trial)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self.on_end(trial.config["number"])
-        self._show(trial)
+        self._end(trial)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         number = trial.config["number"]
@@ -177,6 +186,11 @@ class Watching(tune.Callback):
         where.mkdir(parents=True, exist_ok=True)
         (where / ERROR).write_text(told)
         self.table.errors[number] = message(told)
+        self._end(trial)
+
+    def _end(self, trial: Trial) -> None:
+        number = trial.config["number"]
+        self.ended[number] = time.monotonic()
         self.on_end(number)
         self._show(trial)
 
