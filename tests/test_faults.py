@@ -1,36 +1,52 @@
-"""What a run survives: a dead prefix actor, MLflow away for a while; and a straggler has a name."""
+"""What a run survives: a dead prefix actor, a full disk or object store, MLflow away; and stragglers have names."""
 
 import json
 import os
+import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from craftor import job, ledger, tracking
-from craftor.fit import METRICS
+from conftest import write_tiny_recipe
+from craftor import job, ledger, storage, tracking
 from craftor.recipe import load
+from craftor.run_files import notes
 from craftor.straggler import FACTOR, STEPS, Pace
+from watched_runs import assert_same_weights, doing, lines, num_steps, processes, wait_for
 
 SHORT = {"run.num_steps": 12, "register": None}
+TWO = {"workers.num": 2, "run.num_steps": 80, "register": None}
 
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory, tiny: Path, cluster: None) -> Path:
     """A run that nothing disturbed."""
-    from conftest import write_tiny_recipe
-
     folder = tmp_path_factory.mktemp("undisturbed")
     path = write_tiny_recipe(tiny, folder)
     return job.train(load(path, SHORT), path, folder / "run").run_dir
+
+
+@pytest.fixture(scope="module")
+def expected_of_two(tmp_path_factory: pytest.TempPathFactory, tiny: Path, cluster: None) -> Path:
+    """The same of two workers."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    path = write_tiny_recipe(tiny, folder)
+    return job.train(load(path, TWO), path, folder / "run").run_dir
+
+
+def assert_undisturbed(ours: Path, expected: Path) -> None:
+    """Bit for bit, every step written down once, every sample used once."""
+    assert_same_weights(ours, expected)
+    assert [line["loss"] for line in lines(ours)] == [line["loss"] for line in lines(expected)]
+    assert ledger.audit(ours) == ledger.audit(expected)
 
 
 @pytest.mark.slow
@@ -39,17 +55,125 @@ def test_a_killed_prefix_actor_is_replaced(expected: Path, tiny_recipe: Path, tm
     out, killed = tmp_path / "run", []
 
     def kill() -> None:
-        wait_for(lambda: steps(out) >= 3)
-        for process in psutil.process_iter(["cmdline"]):
-            title = " ".join(process.info["cmdline"] or [])
-            if title.startswith("ray::") and "Prefix" in title:
-                process.kill()
-                killed.append(title)
+        wait_for(lambda: num_steps(out) >= 3)
+        for process in processes("Prefix"):
+            process.kill()
+            killed.append(process.pid)
 
     with doing(kill):
         job.train(load(tiny_recipe, SHORT | {"task.prefix": {"mode": "stage"}}), tiny_recipe, out)
     assert killed
-    assert_same(out, expected)
+    assert_undisturbed(out, expected)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of 16 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], capture_output=True, check=False
+    )
+    if not mounted or mounted.returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_full_disk_costs_the_checkpoints_that_do_not_fit(
+    expected: Path, small_disk: Path, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run's home is full from the first step to the ninth of twelve."""
+    monkeypatch.setattr(storage, "FIRST_PAUSE", 0.001)
+    out, home, filler = tmp_path / "run", small_disk / "home", small_disk / "filler"
+
+    def fill_and_clear() -> None:
+        wait_for(lambda: num_steps(out) >= 1)
+        with filler.open("wb", buffering=0) as file:
+            try:
+                while file.write(bytes(1 << 16)):
+                    pass
+            except OSError:
+                pass
+        wait_for(lambda: num_steps(out) >= 9)
+        filler.unlink()
+
+    recipe = load(tiny_recipe, SHORT | {"run.storage": str(home)})
+    with doing(fill_and_clear):
+        job.train(recipe, tiny_recipe, out)
+    assert all("No space left on device" in said for said in notes(out)) and notes(out)
+    assert not (home / "checkpoints" / "step-000004" / "manifest.json").exists()
+    assert (home / "checkpoints" / "step-000012" / "manifest.json").exists()
+    assert_undisturbed(out, expected)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_each_straggler_is_named(expected_of_two: Path, tiny_recipe: Path, tmp_path: Path) -> None:
+    """One worker after the other gets a tenth of its time, until it is reported."""
+    out = tmp_path / "run"
+
+    def slow_down() -> None:
+        wait_for(lambda: num_steps(out) >= STEPS)
+        workers = processes("RayTrainWorker")
+        assert len(workers) == 2
+        for told, worker in enumerate(workers):
+            while len(notes(out)) == told:
+                worker.send_signal(signal.SIGSTOP)
+                time.sleep(0.45)
+                worker.send_signal(signal.SIGCONT)
+                time.sleep(0.05)
+
+    with doing(slow_down):
+        job.train(load(tiny_recipe, TWO), tiny_recipe, out)
+    named = [re.fullmatch(r"worker (\d) on [\d.]+ takes ([\d.]+) times as long as the others.*", n) for n in notes(out)]
+    assert sorted(found[1] for found in named if found) == ["0", "1"] and len(named) == 2
+    assert all(float(found[2]) > FACTOR for found in named if found)
+    assert_undisturbed(out, expected_of_two)
+
+
+# Ray with a small object store, which fills when the fifth step is done: what does not fit goes to the disk.
+CROWDED = """
+import json, sys, threading, time
+from pathlib import Path
+import numpy as np, ray
+from craftor import job, recipe
+
+path, out, changes = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+ray.init(address="local", num_cpus=4, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False)
+held = []
+
+def crowd():
+    while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_bytes().splitlines()) < 5:
+        time.sleep(0.05)
+    for _ in range(60):
+        held.append(ray.put(np.ones(5 * 2**20, dtype=np.uint8)))
+
+thread = threading.Thread(target=crowd)
+thread.start()
+job.train(recipe.load(path, changes), path, out)
+thread.join()
+assert len(held) == 60
+ray.shutdown()
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_full_object_store_stops_nobody(expected_of_two: Path, tiny_recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with (tmp_path / "log").open("wb") as log:
+        subprocess.run(
+            [sys.executable, "-c", CROWDED, str(tiny_recipe), str(out), json.dumps(TWO)],
+            env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+            check=True,
+            timeout=200,
+            stdout=log,
+            stderr=log,
+        )
+    assert_undisturbed(out, expected_of_two)
 
 
 @pytest.mark.ray
@@ -69,9 +193,9 @@ def test_mlflow_may_be_away_for_a_while(
     servers = [start_mlflow(tmp_path, port)]
 
     def restart() -> None:
-        wait_for(lambda: steps(out) >= 3)
+        wait_for(lambda: num_steps(out) >= 3)
         stop(servers[0])
-        wait_for(lambda: steps(out) >= 20)
+        wait_for(lambda: num_steps(out) >= 20)
         servers.append(start_mlflow(tmp_path, port))
 
     try:
@@ -118,15 +242,3 @@ def stop(server: subprocess.Popen) -> None:
         for process in [*psutil.Process(server.pid).children(recursive=True), psutil.Process(server.pid)]:
             process.kill()
         server.wait()
-
-
-def steps(out: Path) -> int:
-    return len((out / METRICS).read_text().splitlines()) if (out / METRICS).exists() else 0
-
-
-def assert_same(ours: Path, expected: Path) -> None:
-    found, wanted = (
-        load_file(run / "checkpoints" / "step-000012" / "trainer" / "module.safetensors") for run in (ours, expected)
-    )
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    assert ledger.audit(ours) == ledger.audit(expected)

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from watched_runs import assert_close, lines
 
 from craftor import checkpoint, job, ledger
 from craftor.cluster import TooFewResources, await_workers
 from craftor.recipe import Workers, load
+from watched_runs import assert_close, lines
 
 pytestmark = pytest.mark.ray
 # Two nodes with room for one worker each. The second gets ten seconds' notice, is killed when they are over, and comes
@@ -115,7 +115,7 @@ def test_a_run_shrinks_and_grows_with_its_nodes(tiny_recipe: Path, tmp_path: Pat
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with (tmp_path / "log").open("wb") as log:
         program = [sys.executable, "-c", PROGRAM, str(tiny_recipe), str(out), str(events), json.dumps(changes)]
-        subprocess.run(program, env=env, check=True, timeout=400, stdout=log, stderr=log)
+        subprocess.run(program, env=env, check=True, timeout=900, stdout=log, stderr=log)
     said = {event: (step, saved) for event, _, step, saved in json.loads(events.read_text())}
     print(events.read_text())
     assert list(said) == ["notice", "saved", "gone", "alone", "back", "grown", "stopped"]

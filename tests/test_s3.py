@@ -1,4 +1,4 @@
-"""A run whose home is an S3 bucket of a server that is slow and refuses a third of all calls: stopped, gone on with."""
+"""A run whose home is a slow S3 server that refuses a third of all calls: stopped, and gone on with elsewhere."""
 
 import os
 import signal
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from watched_runs import TRAIN, assert_same_weights, end, last_step, lines, num_steps, wait_for
 
 from craftor import job, ledger
 from craftor.recipe import load
+from watched_runs import TRAIN, assert_same_weights, end, last_step, lines, num_steps, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 HOME = "s3://runs/tiny"
@@ -74,33 +74,32 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 
 def test_a_run_stopped_on_a_bad_s3_goes_on_from_there(store: Store, tiny_recipe: Path, tmp_path: Path) -> None:
-    """SIGTERM with ten seconds' notice to a driver with two workers; `--resume s3://…` in a folder that has nothing."""
+    """SIGTERM to a driver with two workers, the last step saved; `--resume s3://…` in a folder that has nothing."""
     here, there = tmp_path / "runs" / "here", tmp_path / "elsewhere" / "there"
-    changes = {"run.num_steps": 40, "run.checkpoint_every": 8, "workers.num": 2, "run.storage": HOME}
+    changes = {"run.num_steps": 80, "run.checkpoint_every": 10, "workers.num": 2, "run.storage": HOME}
     sets = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
+    store.trouble.touch()
     with (tmp_path / "log").open("wb") as log:
         first = subprocess.Popen(
             [*TRAIN, str(tiny_recipe), "--out", str(here), *sets], env=store.env, stdout=log, stderr=log
         )
         try:
             wait_for(lambda: num_steps(here) >= 1, first)
-            store.trouble.touch()
-            wait_for(lambda: num_steps(here) >= 10, first)
             first.send_signal(signal.SIGTERM)
             asked = time.monotonic()
-            assert first.wait(60) == 143
+            assert first.wait(180) == 143
             print(f"stopped in {time.monotonic() - asked:.1f} s")
         finally:
             end(first)
         stopped = last_step(here)
-        assert 8 < stopped < 40
+        assert 0 < stopped < 80
         # The second machine has its own MLflow file: the first one's run is not in it.
         again = store.env | {"MLFLOW_TRACKING_URI": f"sqlite:///{here.parent / 'mlflow.db'}"}
         resumed = [*TRAIN, "--resume", HOME, "--out", str(there)]
-        subprocess.run(resumed, env=again, check=True, timeout=200, stdout=log, stderr=log)
+        subprocess.run(resumed, env=again, check=True, timeout=600, stdout=log, stderr=log)
     print(f"{len(store.refused.read_text().splitlines())} calls refused, stopped at step {stopped}")
-    assert last_step(there) == 40
-    assert [line["step"] for line in lines(there)] == [*range(1, 41)]
+    assert last_step(there) == 80
+    assert [line["step"] for line in lines(there)] == [*range(1, 81)]
     undisturbed = load(tiny_recipe, {**changes, "run.storage": None, "register": None})
     plain = job.train(undisturbed, tiny_recipe, tmp_path / "plain").run_dir
     assert_same_weights(there, plain)

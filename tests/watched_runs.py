@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from craftor import checkpoint
+from craftor import checkpoint, ledger
 from craftor.fit import METRICS
 
 TRAIN = [sys.executable, "-m", "craftor", "train"]
@@ -42,7 +42,7 @@ class doing:
             self.error = error
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen | None = None, seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen | None = None, seconds: float = 300) -> None:
     started = time.monotonic()
     while not condition():
         assert process is None or process.poll() is None, f"it ended by itself with {process.returncode}"
@@ -63,6 +63,14 @@ def last_step(out: Path) -> int:
     """Of the newest complete checkpoint; 0 where there is none."""
     last = checkpoint.latest(out)
     return 0 if last is None else checkpoint.step_of(last)
+
+
+def num_workers(out: Path) -> int:
+    """That made the newest checkpoint's last steps; 0 where there is none."""
+    last = checkpoint.latest(out)
+    if last is None:
+        return 0
+    return json.loads((last / "trainer" / ledger.FILE).read_text().splitlines()[-1])["workers"]
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:

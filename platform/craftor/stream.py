@@ -56,8 +56,11 @@ def read(folder: Path | str) -> ray.data.Dataset:
     local = filesystem.protocol in ("file", ("file", "local"))
     paths = sorted(retried(lambda: filesystem.glob(f"{path}/*.parquet")))
     context = ray.data.DataContext.get_current()
-    context.use_datasource_v2 = False  # its listing of files takes a CPU, whatever one says
-    return ray.data.read_parquet(paths, filesystem=None if local else filesystem, num_cpus=0)
+    newer, context.use_datasource_v2 = context.use_datasource_v2, False  # it lists files on a CPU, whatever one says
+    try:
+        return ray.data.read_parquet(paths, filesystem=None if local else filesystem, num_cpus=0)
+    finally:
+        context.use_datasource_v2 = newer
 
 
 def batches(

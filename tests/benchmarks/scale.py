@@ -10,6 +10,9 @@ import json
 import os
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -19,6 +22,7 @@ import numpy as np
 import psutil
 import pyarrow
 import pyarrow.parquet
+import ray
 import torch
 from rich.console import Console
 
@@ -34,60 +38,76 @@ from craftor.tasks import build
 
 RECIPE = shipped_recipe("micro_textcraftor.toml")
 SHARED = Path(os.environ.get("CRAFTOR_SHARED_DATA", harness.ROOT.parent / "shared" / "data"))
-SHARE = 12
-"""Samples per worker and step: the recipe's own."""
-EVERY = 20
-"""Steps between two checkpoints."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured."""
+
+    steps: int = 20
+    """Optimiser steps of a run."""
+    rounds: int = 5
+    """Of steps with and without checkpoints, in turn."""
+    prompts: int = 1_000_000
+    share: int = 12
+    """Samples per worker and step: the recipe's own."""
+    every: int = 20
+    """Steps between two checkpoints."""
+
+
+QUICK = Size(steps=8, rounds=1, prompts=20_000, share=2, every=4)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=20, help="optimiser steps of a run")
-    parser.add_argument("--rounds", type=int, default=5, help="of steps with and without checkpoints, in turn")
-    parser.add_argument("--prompts", type=int, default=1_000_000)
+    parser.add_argument("--steps", type=int, default=Size.steps, help="optimiser steps of a run")
+    parser.add_argument("--rounds", type=int, default=Size.rounds, help="of steps with and without checkpoints")
+    parser.add_argument("--prompts", type=int, default=Size.prompts)
     parser.add_argument("--quick", action="store_true", help="everything once and small: does it run?")
     arguments = parser.parse_args()
-    if arguments.quick:
-        arguments.steps, arguments.rounds, arguments.prompts = 10, 1, 20_000
+    size = QUICK if arguments.quick else Size(arguments.steps, arguments.rounds, arguments.prompts)
     started = time.perf_counter()
     console = Console(width=120)
-    figures: dict[str, float] = {}
-    details: dict[str, Any] = {"settings": vars(arguments)}
-
-    with TemporaryDirectory(prefix="bench-") as folder:
+    # One Ray for all; prompts first, before anything else has left memory in use.
+    with TemporaryDirectory(prefix="bench-") as folder, ray_session(2):
         runs = Path(folder)
-        one = run(runs / "one", arguments.steps, 1)
-        two = run(runs / "two", arguments.steps, 2)
-        figures["weak_scaling_2"] = two["images_per_second"] / (2 * one["images_per_second"])
-        details |= {"one_worker": one, "two_workers": two}
-        planned = plan(2, arguments.steps)
-        measured_step = 2 * SHARE / two["images_per_second"]
-        planned_step = sum(planned.seconds.values())
-        figures["plan_time_error"] = abs(planned_step / measured_step - 1)
-        figures["plan_memory_error"] = abs(planned.memory_gib / two["worker_gib"] - 1)
-        details["plan"] = {
-            "step_seconds": [planned_step, measured_step],
-            "gib": [planned.memory_gib, two["worker_gib"]],
-        }
-        figures["recovery_seconds"] = recovery(runs / "killed", arguments.steps)
-        read = read_prompts(runs, arguments.prompts)
-        figures |= {"prompts_per_second": read["prompts_per_second"], "prompts_peak_gib": read["peak_gib"]}
-        figures["prompts_over_training"] = read["prompts_per_second"] / two["images_per_second"]
-        details["prompts"] = read
-        overhead = checkpoint_overhead(runs / "overhead", arguments.rounds)
-        figures["checkpoint_overhead"] = overhead["overhead"]
-        details["checkpoints"] = overhead
+        read = read_prompts(runs, size.prompts)
+        one, two = run(runs / "one", size, 1), run(runs / "two", size, 2)
+        recovered = recovery(runs / "killed", size)
+        overhead = checkpoint_overhead(runs / "overhead", size)
+    # As `craftor plan` does it: in a process that has done nothing else.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+        planned = fresh.submit(plan, size).result()
+    step, planned_step = 2 * size.share / two["images_per_second"], sum(planned.seconds.values())
+    figures = {
+        "weak_scaling_2": two["images_per_second"] / (2 * one["images_per_second"]),
+        "checkpoint_overhead": overhead["overhead"],
+        "recovery_seconds": recovered,
+        "prompts_per_second": read["prompts_per_second"],
+        "prompts_peak_gib": read["peak_gib"],
+        "prompts_over_training": read["prompts_per_second"] / two["images_per_second"],
+        "plan_time_error": abs(planned_step / step - 1),
+        "plan_memory_error": abs(planned.memory_gib / two["worker_gib"] - 1),
+    }
+    details: dict[str, Any] = {
+        "settings": asdict(size),
+        "one_worker": one,
+        "two_workers": two,
+        "plan": {"step_seconds": [planned_step, step], "gib": [planned.memory_gib, two["worker_gib"]]},
+        "prompts": read,
+        "checkpoints": overhead,
+    }
     for name, value in figures.items():
         console.print(f"{name:24s} {value:.4g}", highlight=False)
     console.print(harness.write("scale", figures=figures, details=details, started=started))
 
 
-def recipe_of(num_workers: int, num_steps: int, **changes: object) -> Recipe:
-    size = {"workers.num": num_workers, "run.batch_size": num_workers * SHARE, "run.num_steps": num_steps}
-    return load(RECIPE, {**size, "run.checkpoint_every": 1000, "register": None, "evaluation": None, **changes})
+def recipe_of(size: Size, num_workers: int, **changes: object) -> Recipe:
+    own = {"workers.num": num_workers, "run.batch_size": num_workers * size.share, "run.num_steps": size.steps}
+    return load(RECIPE, {**own, "run.checkpoint_every": 1000, "register": None, "evaluation": None, **changes})
 
 
-def run(out: Path, num_steps: int, num_workers: int) -> dict[str, float]:
+def run(out: Path, size: Size, num_workers: int) -> dict[str, float]:
     """Images/s of a run, the first steps left out, and the most memory that one worker had."""
     peak, done = [0], threading.Event()
 
@@ -97,9 +117,7 @@ def run(out: Path, num_steps: int, num_workers: int) -> dict[str, float]:
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
-    recipe = recipe_of(num_workers, num_steps)
-    with ray_session(recipe.num_processes):
-        job.train(recipe, RECIPE, out)
+    job.train(recipe_of(size, num_workers), RECIPE, out)
     done.set()
     thread.join()
     speeds = [json.loads(line)["images_per_second"] for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -118,16 +136,15 @@ def workers() -> list[psutil.Process]:
     return found
 
 
-def plan(num_workers: int, num_steps: int) -> estimate.Prediction:
-    recipe = recipe_of(num_workers, num_steps)
+def plan(size: Size) -> estimate.Prediction:
+    recipe = recipe_of(size, 2)
     return calibrate.predict(recipe, estimate.count(recipe))
 
 
-def recovery(out: Path, num_steps: int) -> float:
+def recovery(out: Path, size: Size) -> float:
     """Seconds from `kill -9` of one of two workers, after a checkpoint, to the next line of metrics."""
     killed: list[float] = []
     back: list[float] = []
-    recipe = recipe_of(2, num_steps, **{"run.checkpoint_every": 4})
 
     def num_lines() -> int:
         return len((out / "metrics.jsonl").read_text().splitlines())
@@ -146,17 +163,16 @@ def recovery(out: Path, num_steps: int) -> float:
 
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()
-    with ray_session(recipe.num_processes):
-        job.train(recipe, RECIPE, out)
+    job.train(recipe_of(size, 2, **{"run.checkpoint_every": 4}), RECIPE, out)
     thread.join(timeout=10)
     return back[0] - killed[0]
 
 
-def checkpoint_overhead(out: Path, rounds: int) -> dict[str, float]:
-    """Twenty steps with the ledger and a checkpoint that is written beside them, over twenty without, in turn."""
-    recipe = recipe_of(1, 10_000)
+def checkpoint_overhead(out: Path, size: Size) -> dict[str, float]:
+    """`size.every` steps with ledger and a checkpoint written beside them, over as many without, in turn."""
+    recipe = recipe_of(size, 1, **{"run.num_steps": 10_000})
     task = build(recipe)
-    rows = calibrate.sample_rows(task.diffuser.tokenize([calibrate.PROMPT] * SHARE), recipe)
+    rows = calibrate.sample_rows(task.diffuser.tokenize([calibrate.PROMPT] * size.share), recipe)
     parameters = [p for p in task.module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-6)
     out.mkdir()
@@ -168,22 +184,21 @@ def checkpoint_overhead(out: Path, rounds: int) -> dict[str, float]:
             task.step(rows)
             optimizer.step()
 
-    with ray_session(1):
-        import ray
+    actor = ray.remote(StopRequest).options(num_cpus=0).remote()
+    lead = chief.Chief(recipe, out, 0, actor)
+    book, done = ledger.Ledger(recipe, 1000, [size.share], ""), [0]
 
-        actor = ray.remote(StopRequest).options(num_cpus=0).remote()
-        lead = chief.Chief(recipe, out, 0, actor)
-        book, done = ledger.Ledger(recipe, 1000, [SHARE], ""), [0]
+    def saving() -> None:
+        for step in range(size.every):
+            steps(1)
+            done[0] += 1
+            book.note(list(range((done[0] - 1) * size.share, done[0] * size.share)))
+            if step == size.every // 2:  # so that what is done beside training is done beside these steps
+                lead.save(done[0], task, optimizer, None, book.close(done[0], torch.device("cpu")))
 
-        def saving() -> None:
-            for _ in range(EVERY):
-                steps(1)
-                done[0] += 1
-                book.note(list(range((done[0] - 1) * SHARE, done[0] * SHARE)))
-            lead.save(done[0], task, optimizer, None, book.close(done[0], torch.device("cpu")))
-
-        times = harness.in_turn({"with": saving, "without": lambda: steps(EVERY)}, rounds=rounds, warmup=1)
-        lead.saver.wait()
+    variants = {"with": saving, "without": lambda: steps(size.every)}
+    times = harness.in_turn(variants, rounds=size.rounds, warmup=1)
+    lead.saver.wait()
     found = harness.ratio(times["with"], times["without"])
     # A ratio is a number, its interval two: one dict holds both.
     low, high = found["wall_ci95"]  # type: ignore[misc]
@@ -193,12 +208,11 @@ def checkpoint_overhead(out: Path, rounds: int) -> dict[str, float]:
 def read_prompts(folder: Path, number: int) -> dict[str, float]:
     """Read, filter, deduplicate and tokenise; the peak is that of this process and all of Ray's."""
     path = write_prompts(folder / "prompts.parquet", number)
-    recipe = recipe_of(1, 1)
     tokenizers = {}
-    for name, tokenizer in load_diffuser(recipe.model).tokenizers.items():
+    for name, tokenizer in load_diffuser(recipe_of(QUICK, 1).model).tokenizers.items():
         tokenizer.save_pretrained(folder / name)
         tokenizers[name.replace("text_encoder", "input_ids")] = str(folder / name)
-    with peak_memory() as peak, ray_session(2):
+    with peak_memory() as peak:
         begun = time.perf_counter()
         prepared = prompts.prepare(Data(path=str(path), max_chars=400), tokenizers, folder / "rows")
         seconds = time.perf_counter() - begun
