@@ -11,18 +11,21 @@ from pathlib import Path
 
 import openai
 import pytest
+import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 
 from craftor.diffuser import load
 from craftor.recipe import Model
 from craftor.serving.api import build_app
+from craftor.serving.provenance import png
 from craftor.serving.service import Service, service
 from craftor.serving.settings import Serving
 from serving_parts import listening, write_tuned_bundle
 
 PROMPT = "a small red star"
 TOKENS = {"alice": "alice-secret", "bob": "bob-secret", "poor": "poor-secret"}
+PNG_1X1 = base64.b64encode(png(torch.zeros(3, 1, 1))).decode()
 ALICE = {"Authorization": "Bearer alice-secret"}
 
 
@@ -125,6 +128,18 @@ def test_each_encoder_acts_in_the_window_of_its_training(http: TestClient) -> No
     assert (mixture["from"], mixture["to"], mixture["steps"]) == (499, 0, [2, 4])
 
 
+def test_pictures_are_begun_from_and_kept_where_the_mask_says(http: TestClient) -> None:
+    (drawn,) = pictures(ask(http))
+    begun = base64.b64encode(drawn).decode()
+    half = torch.zeros(1, 32, 32).expand(3, -1, -1).clone()
+    half[:, :, 16:] = 1
+    body = {"image": begun, "strength": 0.5, "prompt": "a large blue ring"}
+    answer = ask(http, **body)
+    assert answer["data"][0]["provenance"]["image"]["strength"] == 0.5
+    masked = ask(http, **body | {"mask": "data:image/png;base64," + base64.b64encode(png(half)).decode()})
+    assert len({drawn, *pictures(answer), *pictures(masked)}) == 3
+
+
 def test_a_sweep_is_its_mixtures_one_by_one_with_the_same_seeds(http: TestClient) -> None:
     mixes: list[dict] = [{}, {"tuned1": 0.5}, {"tuned1": 0.5, "tuned2": 0.5}]
     swept = pictures(ask(http, sweep=mixes, n=2))
@@ -193,7 +208,12 @@ def test_urls_lead_to_the_same_bytes_for_a_while(http: TestClient, served: Servi
         ({"partial_images": 2}, "partial_images", "goes with stream"),
         ({"style": "vivid"}, "style", "parameter not supported here: style"),
         ({"quality": "hd"}, "quality", "Input should be 'auto'"),
-        ({"image": "x"}, "image", "parameter not supported here: image"),
+        ({"image": "?"}, "image", "image: not base64"),
+        ({"image": "aGVsbG8="}, "image", "not a PNG, JPEG or WebP file"),
+        ({"image": PNG_1X1}, "image", "1x1 pixels, allowed: 32x32, the size asked for"),
+        ({"mask": "x"}, "mask", "goes with image"),
+        ({"strength": 0.5}, "strength", "goes with image"),
+        ({"image": PNG_1X1, "strength": 0}, "strength", "greater than 0"),
     ],
 )
 def test_mistakes_are_400_and_say_what_is_allowed(http: TestClient, body: dict, param: str, message: str) -> None:

@@ -63,7 +63,7 @@ def _images(app: FastAPI, service: Service, elsewhere: Elsewhere | None) -> None
         x_deadline_ms: Annotated[int | None, Header(ge=1, le=86_400_000)] = None,
     ) -> Response:
         """Images of a prompt. `X-Deadline-Ms`: refuse at once (429) what cannot be done by then."""
-        images = service.interpreter.images(body)
+        images = service.interpreter.images(body, client)
         if not engine.alive:
             raise ApiError(503, "this replica has failed; ask again", code="replica_failed")
         job = service.jobs.name(x_job_id)

@@ -117,6 +117,10 @@ def _absolute(settings: Serving) -> Serving:
         update={
             "model": settings.model.model_copy(update={"path": fix(settings.model.path)}),
             "encoders": {name: fix(source) for name, source in settings.encoders.items()},
+            "canaries": {
+                name: canary.model_copy(update={"source": fix(canary.source)})
+                for name, canary in settings.canaries.items()
+            },
             "runs": str(Path(settings.runs).resolve()),
         }
     )

@@ -21,6 +21,7 @@ from craftor.serving.decoding import Decoder, previewer
 from craftor.serving.embeddings import Embeddings
 from craftor.serving.lanes import Lane
 from craftor.serving.settings import EngineSettings
+from craftor.serving.upload import encode
 from craftor.serving.work import Cancelled, EngineEnded, ImageRequest, Listener, Observer, Row, first_noise
 from craftor.solver import Schedule, schedule
 
@@ -82,16 +83,16 @@ class Engine:
 
     def cost(self, request: ImageRequest) -> float:
         """Seconds of a full engine that a request takes: steps x slots x the time of a slot."""
-        return request.num_steps * request.slots * self._step_seconds(request) / self.capacity
+        return request.slots * self.latency(request) / self.capacity
 
     def latency(self, request: ImageRequest) -> float:
         """Seconds that a request takes in a full engine once it runs."""
-        return request.num_steps * self._step_seconds(request)
+        return (request.num_steps - request.first_step) * self._step_seconds(request)
 
     def load(self) -> Load:
         """Work waiting and on its way."""
         lanes = list(self._lanes.values())
-        running = sum(row.cost * row.remaining / len(row.schedule) for lane in lanes for row in lane.running)
+        running = sum(row.cost * row.remaining / row.taken for lane in lanes for row in lane.running)
         return Load(sum(row.cost for lane in lanes for row in lane.waiting), running)
 
     def start(self) -> "Engine":
@@ -177,6 +178,9 @@ class Engine:
         if row.cancelled:
             return
         row.base, row.members = self.embeddings.prompts(row.request, row.schedule)
+        if row.request.upload is not None:
+            row.kept = encode(self.base, row.request.upload, row.latents)
+            row.latents = row.kept.at(row.schedule[row.index])
         with self._work:
             row.encoded = True
             self._work.notify()

@@ -34,7 +34,9 @@ def record(row: Row, model: str, engine: dict[str, Any]) -> dict[str, Any]:
                 "steps": [acts.start, acts.stop] if acts else [],
             }
         )
-    return {
+    upload = request.upload
+    begun = {} if upload is None else {"image": {"sha256": upload.sha256, "strength": upload.strength}}
+    return begun | {
         "craftor": __version__,
         "model": model,
         "engine": engine,
