@@ -81,6 +81,7 @@ def test_replicas_agree_cancel_and_come_back(url: str) -> None:
     body = {"seed": 1, "steps": 4, "mix": {"tuned": 0.5}}
     answers = [ask(url, **body).json()["data"] for _ in range(6)]
     assert len(answers[0]) == 1 and all(answer == answers[0] for answer in answers)
+    assert httpx.post(f"{url}/v1/encoders/refresh", timeout=30).status_code == 202
     assert ask(url, mix={"none": 1}).json()["error"]["code"] == "encoder_not_found"
 
     ended: list[httpx.Response] = []

@@ -7,10 +7,13 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from craftor.decode import decode
 from craftor.denoise import State
@@ -273,16 +276,36 @@ def picture(side: int = 32) -> torch.Tensor:
     return torch.rand(3, side, side, generator=torch.Generator().manual_seed(8))
 
 
-@pytest.mark.parametrize("strength", [0.5, 1.0])
-def test_image_to_image_is_diffusers_own(strength: float) -> None:
-    diffuser = load(Model(path="micro:base"))
-    engine = engine_of(diffuser)
-    upload = Upload(picture(64), None, strength, "")
-    request = ImageRequest(PROMPT, seed=4, num_steps=5, guidance_scale=4.0, upload=upload)
+@pytest.mark.parametrize(
+    ("model", "strength", "masked", "solver"),
+    [
+        ("micro:base", 0.5, False, "ddim"),  # with a tiny autoencoder
+        ("tiny", 1.0, False, "ddim"),
+        ("tiny", 0.7, False, "dpm_solver_2m"),
+        ("tiny", 0.8, True, "ddim"),
+        ("tiny", 1.0, True, "ddim"),
+    ],
+)
+def test_beginning_from_a_picture_is_diffusers_own(
+    base: Diffuser, monkeypatch: pytest.MonkeyPatch, model: str, strength: float, masked: bool, solver: str
+) -> None:
+    """Image to image, and inpainting by a UNet that knows nothing of masks; but for what the autoencoder draws."""
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda latents, generator=None: latents.mode())
+    diffuser = base if model == "tiny" else load(Model(path=model))
+    side = diffuser.latent_shape[1] * diffuser.pixels_per_latent
+    mask = torch.zeros(1, side, side)
+    mask[:, 8:, 16:] = 1
+    upload = Upload(picture(side), mask if masked else None, strength, "")
+    request = ImageRequest(PROMPT, seed=4, num_steps=5, guidance_scale=4.0, solver=solver, upload=upload)
+    engine = engine_of(diffuser, bucket=2)
     (ours,) = drain(engine, engine.submit([request]))
     engine.stop()
-    pipe = StableDiffusionImg2ImgPipeline(**parts_of(diffuser))
+    pipe = (StableDiffusionInpaintPipeline if masked else StableDiffusionImg2ImgPipeline)(**parts_of(diffuser))
     pipe.set_progress_bar_config(disable=True)
+    if solver == "dpm_solver_2m":
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(
+            diffuser.scheduler.config, final_sigmas_type="sigma_min"
+        )
     theirs = pipe(
         PROMPT,
         image=upload.image[None],
@@ -291,6 +314,7 @@ def test_image_to_image_is_diffusers_own(strength: float) -> None:
         guidance_scale=4.0,
         generator=torch.Generator().manual_seed(4),
         output_type="pt",
+        **({"mask_image": mask[None], "height": side, "width": side} if masked else {}),
     ).images[0]
     torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=1e-4)
 

@@ -17,7 +17,7 @@ from ray.serve import Application
 
 from craftor.cluster import ray_session
 from craftor.quiet import hush
-from craftor.serving.api import build_app
+from craftor.serving.api import Everywhere, build_app
 from craftor.serving.jobs import NOT_HERE
 from craftor.serving.service import service
 from craftor.serving.settings import Serving, load, parse
@@ -35,11 +35,15 @@ class Replica:
         self._service = self._open.enter_context(service(parse(settings, "serve")))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_app(self._service, elsewhere=_ask_all)
+        return build_app(self._service, Everywhere(_cancel_everywhere, _look_everywhere))
 
     def cancel_here(self, job: str, client: str) -> int:
         """Images given up, or NOT_HERE."""
         return self._service.jobs.cancel(job, client)
+
+    def look_here(self) -> None:
+        """At the registry, now."""
+        self._service.watcher.hint()
 
     def check_health(self) -> None:
         """Serve starts a replica anew whose engine has ended."""
@@ -50,10 +54,20 @@ class Replica:
         self._open.close()
 
 
-async def _ask_all(job: str, client: str) -> int:
+async def _cancel_everywhere(job: str, client: str) -> int:
+    return max(
+        (told for told in await _tell_all("cancel_here", job, client) if isinstance(told, int)), default=NOT_HERE
+    )
+
+
+async def _look_everywhere() -> None:
+    await _tell_all("look_here")
+
+
+async def _tell_all(method: str, *arguments: str) -> list[Any]:
+    """What each replica answers, or the error in place of it."""
     handle = serve.get_deployment_handle(DEPLOYMENT, APP)
-    answers = await handle.broadcast("cancel_here", job, client).results_async(timeout_s=5, return_exceptions=True)
-    return max((answer for answer in answers if isinstance(answer, int)), default=NOT_HERE)
+    return await handle.broadcast(method, *arguments).results_async(timeout_s=5, return_exceptions=True)
 
 
 def build(arguments: dict[str, Any]) -> Application:

@@ -23,7 +23,7 @@ from craftor.serving.lanes import Lane
 from craftor.serving.settings import EngineSettings
 from craftor.serving.upload import encode
 from craftor.serving.work import Cancelled, EngineEnded, ImageRequest, Listener, Observer, Row, first_noise
-from craftor.solver import Schedule, schedule
+from craftor.solver import Schedule, begun_at, schedule
 
 Shape = tuple[int, int, int]
 
@@ -130,6 +130,7 @@ class Engine:
         lane.seconds[bucket] += 0.1 * (seconds - lane.seconds[bucket])
         for row in lane.running:
             if row.remaining == 0:
+                row.denoised = time.monotonic()
                 self._decoder.finish(row)
             elif row.listener is not None and row.shows_preview():
                 self._decoder.preview(row)
@@ -180,7 +181,7 @@ class Engine:
         row.base, row.members = self.embeddings.prompts(row.request, row.schedule)
         if row.request.upload is not None:
             row.kept = encode(self.base, row.request.upload, row.latents)
-            row.latents = row.kept.at(row.schedule[row.index])
+            row.latents = row.kept.begin(row.schedule[row.index], row.request.upload.strength)
         with self._work:
             row.encoded = True
             self._work.notify()
@@ -210,7 +211,8 @@ class Engine:
         if key not in self._schedules:
             self._schedules[key] = schedule(self.base.scheduler, *key)
         noise = first_noise(request.seed, self._shape(request)).to(self.base.device)
-        return Row(request, self._schedules[key], noise, client, self.cost(request))
+        steps = begun_at(self._schedules[key], request.first_step)
+        return Row(request, steps, noise, client, self.cost(request))
 
     def _shape(self, request: ImageRequest) -> Shape:
         if request.size is None:

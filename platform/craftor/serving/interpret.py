@@ -11,7 +11,7 @@ from craftor.serving.errors import ApiError
 from craftor.serving.library import Library, NotServed
 from craftor.serving.schema import MAX_SEED, Generation, Mix, Portion
 from craftor.serving.settings import SIZE, Serving
-from craftor.serving.upload import Upload, read
+from craftor.serving.upload import BadPicture, Upload, read
 from craftor.serving.work import ImageRequest, Share
 
 Number = TypeVar("Number", int, float)
@@ -92,7 +92,7 @@ class Interpreter:
         return known[text]
 
     def _shares(self, mix: Mix, param: str, caller: str) -> tuple[Share, ...]:
-        _at_most(len(mix), param, self.settings.limits.encoders, what="encoders in one mixture")
+        _at_most(len(mix.keys() - {"base"}), param, self.settings.limits.encoders, what="encoders in one mixture")
         shares = tuple(
             self._share(name, part, f"{param}.{name}", caller) for name, part in mix.items() if name != "base"
         )
@@ -144,9 +144,8 @@ def _upload(body: Generation, size: tuple[int, int]) -> Upload | None:
         return None
     try:
         return read(body.image, body.mask, body.strength or 0.8, size)
-    except ValueError as error:
-        param = str(error).partition(":")[0]
-        raise ApiError(400, str(error), param=param, code="invalid_value") from None
+    except BadPicture as error:
+        raise ApiError(400, str(error), param=error.param, code="invalid_value") from None
 
 
 def _text(text: str, param: str, limit: int) -> str:

@@ -54,6 +54,11 @@ class Library:
     def table(self) -> Mapping[str, Encoder]:
         return self._table
 
+    @property
+    def versions(self) -> Mapping[str, Version]:
+        """By name, of those that come from the registry."""
+        return self._pinned
+
     def find(self, name: str, caller: str = "") -> Encoder:
         """By the name it is served under, its source (`style@champion`), or the version it has now (`style/3`).
 
@@ -89,6 +94,7 @@ class Library:
         version = self._resolve(source)
         before = self._table.get(name)
         if before is not None and version.uri == self._pinned[name].uri:
+            self._pinned[name] = version  # its other aliases and its scores may be new
             return before
         if version.uri in self._refused:
             raise EncoderRefused(self._refused[version.uri])

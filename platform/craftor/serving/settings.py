@@ -65,7 +65,7 @@ class Defaults(Section):
 
 
 class Token(Section):
-    """One client's bearer token, by its hash alone, and what it may spend."""
+    """One client's bearer token, by its hash alone, and what it may spend at each replica."""
 
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """`printf %s TOKEN | sha256sum`; tokens are random and long, so that a plain hash is enough."""

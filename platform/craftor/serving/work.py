@@ -101,6 +101,9 @@ class Row:
     index: int = 0
     """The denoising step to come."""
     started: float | None = None
+    """When it joined its first UNet call."""
+    denoised: float | None = None
+    """When it left its last."""
     cancelled: bool = False
     encoded: bool = False
     passed_over: int = 0
