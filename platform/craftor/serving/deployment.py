@@ -14,11 +14,13 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
 from craftor.cluster import ray_session
 from craftor.quiet import hush
 from craftor.serving.api import Everywhere, build_app
 from craftor.serving.jobs import NOT_HERE
+from craftor.serving.routing import HELD
 from craftor.serving.service import service
 from craftor.serving.settings import Serving, load, parse
 
@@ -44,6 +46,11 @@ class Replica:
     def look_here(self) -> None:
         """At the registry, now."""
         self._service.watcher.hint()
+
+    def record_routing_stats(self) -> dict[str, list[str]]:
+        """For `routing`."""
+        table = self._service.library.table
+        return {HELD: [*table, *(f"{encoder.name}/{encoder.version}" for encoder in table.values())]}
 
     def check_health(self) -> None:
         """Serve starts a replica anew whose engine has ended."""
@@ -92,6 +99,10 @@ def application(settings: Serving) -> Application:
         name=DEPLOYMENT,
         ray_actor_options={"num_cpus": replicas.num_cpus, "num_gpus": replicas.num_gpus},
         max_ongoing_requests=replicas.max_ongoing_requests,
+        request_router_config=RequestRouterConfig(
+            request_router_class="craftor.serving.routing.PreferHolders",
+            request_routing_stats_period_s=settings.poll_seconds,
+        ),
         health_check_period_s=2,
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=60,
