@@ -4,7 +4,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # One arithmetic thread per process: workers set their own, and results are reproducible bit for bit.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install dev quickstart check format test test-slow clean playground-picture
+.PHONY: install dev quickstart check format test test-slow clean
 .PHONY: bench-train bench-rewards bench-search bench-scale bench-serve
 
 install: .venv/.installed
@@ -22,6 +22,13 @@ dev: .venv/.dev
 
 quickstart: .venv/.installed
 	$(BIN)/craftor quickstart
+
+# The README's picture of the playground, with two encoders of the micro model: that of `make quickstart`, and one of steps before it,
+# craftor train recipes/micro_textcraftor.toml --out runs/middle --set name=middle --set task.window='{start = 5, stop = 14, gradient_path = "direct"}'
+ENCODERS ?= late=runs/quickstart/bundle middle=runs/middle/bundle
+.PHONY: playground-picture
+playground-picture: .venv/.dev
+	$(BIN)/python -W ignore tests/playground_picture.py recipes/playground.png $(ENCODERS)
 
 check: .venv/.dev
 	$(BIN)/ruff format --check .
@@ -57,12 +64,6 @@ bench-scale: .venv/.dev
 
 bench-serve: .venv/.dev
 	PYTHONPATH=tests $(BIN)/python -W ignore -m benchmarks.serve
-
-# The README's picture of the playground, with two encoders of the micro model: that of `make quickstart`, and one of steps before it,
-# craftor train recipes/micro_textcraftor.toml --out runs/middle --set name=middle --set task.window='{start = 5, stop = 14, gradient_path = "direct"}'
-ENCODERS ?= late=runs/quickstart/bundle middle=runs/middle/bundle
-playground-picture: .venv/.dev
-	$(BIN)/python -W ignore tests/playground_picture.py recipes/playground.png $(ENCODERS)
 
 clean:
 	rm -rf .venv runs dist
