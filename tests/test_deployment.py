@@ -31,7 +31,10 @@ def test_the_shipped_files_are_valid_and_mistakes_are_named(tmp_path: Path) -> N
     assert parse(app["args"], "rayservice.yaml").replicas.num_gpus == 1
     wrong = tmp_path / "wrong.toml"
     for text, message in (
-        ('model = { path = "micro:base" }\nengin = {}', "engin: unknown key; allowed here: canaries, defaults, encoders, engine"),
+        (
+            'model = { path = "micro:base" }\nengin = {}',
+            "engin: unknown key; allowed here: canaries, defaults, encoders",
+        ),
         ('model = { path = "micro:base" }\nengine = { mode = "quick" }', "engine.mode: Input should be 'strict' or"),
         ('model = { path = "micro:base" }\nhttp = { host = "0.0.0.0" }', "'0.0.0.0' is open to others, and tokens is"),
         ('model = { path = "micro:base" }\nencoders = { base = "x" }', "encoders: 'base' cannot name an encoder"),
