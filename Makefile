@@ -23,6 +23,14 @@ dev: .venv/.dev
 quickstart: .venv/.installed
 	$(BIN)/craftor quickstart
 
+# The README's picture of the playground, with two encoders of the micro model: that of `make quickstart`, and one of steps before it, from
+# craftor train recipes/micro_textcraftor.toml --out runs/middle --set name=middle --set task.window='{start = 4, stop = 12, gradient_path = "direct"}' \
+#   --set task.rewards.clip.weight=60 --set task.rewards.aesthetic.weight=2 --set optimizer.lr=1e-4 --set run.num_steps=20
+ENCODERS ?= late=runs/quickstart/bundle middle=runs/middle/bundle
+.PHONY: playground-picture
+playground-picture: .venv/.dev
+	$(BIN)/python -W ignore tests/playground_picture.py recipes/playground.png $(ENCODERS)
+
 check: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

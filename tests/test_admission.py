@@ -6,6 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from craftor.serving.admission import PATIENCE, FairQueue, Load, Rejected, admit
+from craftor.serving.gate import Gate
+from craftor.serving.settings import Token
 from craftor.serving.work import ImageRequest, Row
 
 
@@ -84,3 +86,26 @@ def test_admission_counts_seconds_of_work() -> None:
     with pytest.raises(Rejected, match="done in 5.0 s at the earliest, but the deadline is in 4.0 s"):
         admit(Load(2, 0), 1, 3, bound=4, deadline=4)
     admit(Load(2, 0), 1, 3, bound=4, deadline=6)
+
+
+def test_a_token_pays_for_work_that_is_taken_and_for_no_other() -> None:
+    gate = Gate({"a": Token(sha256="0" * 64, requests_per_minute=4, seconds_per_minute=10.0)})
+    for _ in range(2):
+        with pytest.raises(Rejected, match="the queue is full"), gate.charge("a", 8.0):
+            raise Rejected("the queue is full", 1, "queue_full")
+    with gate.charge("a", 8.0):
+        pass
+    with pytest.raises(Rejected, match="your limit of 10 seconds of work a minute is spent") as spent:
+        gate.charge("a", 8.0).__enter__()
+    assert 30 <= spent.value.retry_after <= 36, "6 s of work at 10 s a minute"
+    with pytest.raises(Rejected, match="your limit of 4 requests a minute is spent"):
+        gate.charge("a", 0.1).__enter__()
+
+
+def test_one_large_request_passes_a_full_allowance_and_is_paid_off() -> None:
+    gate = Gate({"a": Token(sha256="0" * 64, seconds_per_minute=10.0)})
+    with gate.charge("a", 600.0):
+        pass
+    with pytest.raises(Rejected, match="seconds of work") as spent:
+        gate.charge("a", 1.0).__enter__()
+    assert spent.value.retry_after > 3000

@@ -20,6 +20,7 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
+    UNet2DConditionModel,
 )
 from transformers import CLIPTextModel
 
@@ -39,6 +40,7 @@ PROMPTS = ["a small red star", "a large blue ring"]
 KINDS = {
     "img2img": ("pipeline", StableDiffusionImg2ImgPipeline),
     "inpaint": ("pipeline", StableDiffusionInpaintPipeline),
+    "inpaint by a UNet made for it": ("pipeline", StableDiffusionInpaintPipeline),
     "controlnet": ("pipeline", StableDiffusionControlNetPipeline),
     "sdxl img2img": ("sdxl", StableDiffusionXLImg2ImgPipeline),
     "sdxl inpaint": ("sdxl", StableDiffusionXLInpaintPipeline),
@@ -132,7 +134,11 @@ def build(tiny: Path, kind: str) -> tuple[DiffusionPipeline, dict[str, object]]:
         for parameter in controlnet.parameters():  # what starts at zero would hide the control
             parameter.data.add_(0.05 * torch.randn_like(parameter))
         return stock(tiny, family, pipeline, controlnet=controlnet), {"image": image}
-    pipe = stock(tiny, family, pipeline)
+    own = {}
+    if "made for it" in kind:  # which reads the mask and what it leaves of the picture beside the latents
+        torch.manual_seed(4)
+        own["unet"] = UNet2DConditionModel.from_config(stock(tiny, family).unet.config, in_channels=4 + 1 + 4).eval()
+    pipe = stock(tiny, family, pipeline, **own)
     if "inpaint" in kind:
         mask = torch.zeros(2, 1, 32, 32)
         mask[..., 8:24, 8:24] = 1

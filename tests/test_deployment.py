@@ -1,10 +1,12 @@
 """On Ray Serve: the same bytes from any replica, jobs cancelled wherever they are, and a killed replica comes back."""
 
+import asyncio
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -29,7 +31,10 @@ def test_the_shipped_files_are_valid_and_mistakes_are_named(tmp_path: Path) -> N
     assert parse(app["args"], "rayservice.yaml").replicas.num_gpus == 1
     wrong = tmp_path / "wrong.toml"
     for text, message in (
-        ('model = { path = "micro:base" }\nengin = {}', "engin: unknown key; allowed here: defaults, encoders, engine"),
+        (
+            'model = { path = "micro:base" }\nengin = {}',
+            "engin: unknown key; allowed here: canaries, defaults, encoders",
+        ),
         ('model = { path = "micro:base" }\nengine = { mode = "quick" }', "engine.mode: Input should be 'strict' or"),
         ('model = { path = "micro:base" }\nhttp = { host = "0.0.0.0" }', "'0.0.0.0' is open to others, and tokens is"),
         ('model = { path = "micro:base" }\nencoders = { base = "x" }', "encoders: 'base' cannot name an encoder"),
@@ -38,6 +43,32 @@ def test_the_shipped_files_are_valid_and_mistakes_are_named(tmp_path: Path) -> N
         wrong.write_text(text)
         with pytest.raises(RecipeError, match=message):
             load_serving(wrong)
+
+
+def test_the_router_prefers_replicas_that_hold_what_is_asked_for() -> None:
+    from ray.serve.request_router import PendingRequest
+
+    from craftor.serving.routing import PreferHolders
+
+    replicas = [
+        SimpleNamespace(name=f"{version}-{i}", routing_stats={"encoders": ["style", "pick", f"style/{version}"]})
+        for version in (3, 4)
+        for i in range(3)
+    ]
+
+    def ranks(*headers: tuple[bytes, bytes], args: tuple = ()) -> list[set[str]]:
+        http = SimpleNamespace(asgi_scope={"headers": [(b"host", b"x"), *headers]})
+        request = PendingRequest(list(args or [http]), {}, None, future=None)
+        chosen = asyncio.run(PreferHolders.choose_replicas(None, replicas, request))
+        assert all(len({replica.name for replica in rank}) == 2 for rank in chosen), "two of each rank"
+        return [{replica.name[0] for replica in rank} for rank in chosen]
+
+    for _ in range(10):
+        assert ranks((b"x-encoders", b"style/4")) == [{"4"}, {"3"}]
+        assert ranks((b"x-encoders", b"pick , style/3")) == [{"3"}, {"4"}]
+    assert len(ranks()) == len(ranks((b"x-encoders", b"style,pick"))) == len(ranks(args=("job", "client"))) == 1
+    assert len(ranks((b"x-encoders", b"other"))) == 1, "held by none: any"
+    assert asyncio.run(PreferHolders.choose_replicas(None, [], None)) == []
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +100,7 @@ def url(tiny: Path, cluster: None, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def ask(url: str, *, job: str | None = None, **body: object) -> httpx.Response:
-    headers = {"X-Job-Id": job} if job else {}
+    headers = {"X-Encoders": "tuned"} | ({"X-Job-Id": job} if job else {})
     return httpx.post(
         f"{url}/v1/images/generations", json={"prompt": "a red star", **body}, headers=headers, timeout=60
     )
@@ -81,6 +112,7 @@ def test_replicas_agree_cancel_and_come_back(url: str) -> None:
     body = {"seed": 1, "steps": 4, "mix": {"tuned": 0.5}}
     answers = [ask(url, **body).json()["data"] for _ in range(6)]
     assert len(answers[0]) == 1 and all(answer == answers[0] for answer in answers)
+    assert httpx.post(f"{url}/v1/encoders/refresh", timeout=30).status_code == 202
     assert ask(url, mix={"none": 1}).json()["error"]["code"] == "encoder_not_found"
 
     ended: list[httpx.Response] = []

@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from craftor.decode import decode
 from craftor.denoise import State
@@ -17,6 +25,7 @@ from craftor.serving import buckets
 from craftor.serving.admission import Rejected
 from craftor.serving.engine import Engine
 from craftor.serving.settings import EngineSettings
+from craftor.serving.upload import Upload
 from craftor.serving.work import Cancelled, ImageRequest, Share, first_noise
 from serving_parts import drain, encoded, tuned
 
@@ -56,6 +65,19 @@ def engine_of(base: Diffuser, observer: Recorded | None = None, **settings: obje
     return Engine(base, EngineSettings(**{"bucket": 4, "queue_seconds": 1000.0, **settings}), observer)
 
 
+def parts_of(diffuser: Diffuser) -> dict:
+    return {
+        "unet": diffuser.unet,
+        "vae": diffuser.vae,
+        "tokenizer": diffuser.tokenizer,
+        "text_encoder": diffuser.text_encoder,
+        "scheduler": DDIMScheduler.from_config(diffuser.scheduler.config),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+
+
 @pytest.mark.parametrize("model", ["pipeline", "sd2", "sdxl", "micro:base"])
 def test_the_base_alone_makes_the_pipelines_own_image(tiny: Path, model: str) -> None:
     path = model if ":" in model else str(tiny / model)
@@ -65,22 +87,12 @@ def test_the_base_alone_makes_the_pipelines_own_image(tiny: Path, model: str) ->
     (ours,) = drain(engine, engine.submit([request]))
     engine.stop()
 
-    parts = {"unet": diffuser.unet, "vae": diffuser.vae, "tokenizer": diffuser.tokenizer}
-    scheduler = DDIMScheduler.from_config(diffuser.scheduler.config)
     if model == "sdxl":
+        parts = {name: part for name, part in parts_of(diffuser).items() if "safety" not in name}
         second = {"text_encoder_2": diffuser.encoders["text_encoder_2"], "tokenizer_2": diffuser.tokenizer}
-        pipe = StableDiffusionXLPipeline(
-            **parts, **second, text_encoder=diffuser.text_encoder, scheduler=scheduler, add_watermarker=False
-        )
+        pipe = StableDiffusionXLPipeline(**parts, **second, add_watermarker=False)
     else:
-        pipe = StableDiffusionPipeline(
-            **parts,
-            text_encoder=diffuser.text_encoder,
-            scheduler=scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        pipe = StableDiffusionPipeline(**parts_of(diffuser))
     pipe.set_progress_bar_config(disable=True)
     theirs = pipe(
         PROMPT,
@@ -258,3 +270,65 @@ def test_ladders_and_knees() -> None:
     assert buckets.smallest((1, 2, 4, 8, 12), 5) == 8
     assert buckets.knee({1: 9.0, 2: 12.0, 4: 18.0, 8: 28.0, 16: 64.0}) == 8
     assert buckets.knee({1: 1.0, 2: 2.0, 4: 4.0}) == 2
+
+
+def picture(side: int = 32) -> torch.Tensor:
+    return torch.rand(3, side, side, generator=torch.Generator().manual_seed(8))
+
+
+@pytest.mark.parametrize(
+    ("model", "strength", "masked", "solver"),
+    [
+        ("micro:base", 0.5, False, "ddim"),  # with a tiny autoencoder
+        ("tiny", 1.0, False, "ddim"),
+        ("tiny", 0.7, False, "dpm_solver_2m"),
+        ("tiny", 0.8, True, "ddim"),
+        ("tiny", 1.0, True, "ddim"),
+    ],
+)
+def test_beginning_from_a_picture_is_diffusers_own(
+    base: Diffuser, monkeypatch: pytest.MonkeyPatch, model: str, strength: float, masked: bool, solver: str
+) -> None:
+    """Image to image, and inpainting by a UNet that knows nothing of masks; but for what the autoencoder draws."""
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda latents, generator=None: latents.mode())
+    diffuser = base if model == "tiny" else load(Model(path=model))
+    side = diffuser.latent_shape[1] * diffuser.pixels_per_latent
+    mask = torch.zeros(1, side, side)
+    mask[:, 8:, 16:] = 1
+    upload = Upload(picture(side), mask if masked else None, strength, "")
+    request = ImageRequest(PROMPT, seed=4, num_steps=5, guidance_scale=4.0, solver=solver, upload=upload)
+    engine = engine_of(diffuser, bucket=2)
+    (ours,) = drain(engine, engine.submit([request]))
+    engine.stop()
+    pipe = (StableDiffusionInpaintPipeline if masked else StableDiffusionImg2ImgPipeline)(**parts_of(diffuser))
+    pipe.set_progress_bar_config(disable=True)
+    if solver == "dpm_solver_2m":
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(
+            diffuser.scheduler.config, final_sigmas_type="sigma_min"
+        )
+    theirs = pipe(
+        PROMPT,
+        image=upload.image[None],
+        strength=strength,
+        num_inference_steps=5,
+        guidance_scale=4.0,
+        generator=torch.Generator().manual_seed(4),
+        output_type="pt",
+        **({"mask_image": mask[None], "height": side, "width": side} if masked else {}),
+    ).images[0]
+    torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=1e-4)
+
+
+def test_inpainting_keeps_what_the_mask_leaves_and_has_the_same_bits_in_a_crowd(base: Diffuser, strict: Engine) -> None:
+    mask = torch.zeros(1, 32, 32)
+    mask[:, :, 16:] = 1
+    upload = Upload(picture(), mask, 0.8, "")
+    request = ImageRequest(PROMPT, seed=4, num_steps=5, upload=upload)
+    rows = strict.submit([request])
+    (alone,) = drain(strict, rows)
+    kept = rows[0].kept
+    assert kept is not None and rows[0].taken == 4
+    side = kept.latents.shape[-1] // 2
+    assert torch.equal(rows[0].latents[..., :side], kept.latents[..., :side])
+    assert not torch.equal(rows[0].latents[..., side:], kept.latents[..., side:])
+    assert torch.equal(drain(strict, strict.submit([request, *various(base)]))[0], alone)

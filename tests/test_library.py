@@ -10,7 +10,7 @@ from craftor.recipe import Model
 from craftor.serving import library as module
 from craftor.serving.engine import Engine
 from craftor.serving.library import Library, NotServed, Watcher
-from craftor.serving.settings import EngineSettings
+from craftor.serving.settings import Canary, EngineSettings
 from craftor.serving.work import ImageRequest, Share
 from craftor.tracking import TrackingUnreachable
 from serving_parts import drain, encoded, write_tuned_bundle
@@ -128,3 +128,12 @@ def test_the_watcher_looks_at_once_when_hinted(registry: Registry, base: Diffuse
     assert library.find("style").version == "2" and watcher.alive
     watcher.stop()
     assert not watcher.alive
+
+
+def test_a_share_of_the_callers_get_the_canary_always_the_same_ones(registry: Registry, base: Diffuser) -> None:
+    canaries = {"style": Canary(source=str(registry.bundles["2"]), share=0.25)}
+    library = Library(base, {"style": "style@champion"}, registry.resolve, canaries)
+    got = {caller: library.find("style", caller).version for caller in map(str, range(400))}
+    assert 60 < sum(version is None for version in got.values()) < 140
+    assert all(library.find("style", caller).version == version for caller, version in got.items())
+    assert library.find("style#canary").version is None

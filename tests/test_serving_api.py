@@ -1,28 +1,43 @@
 """The endpoint as its callers meet it: OpenAI's own client, mixtures, previews, limits, and every mistake a 4xx."""
 
+import asyncio
 import base64
 import hashlib
 import io
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import openai
 import pytest
+import torch
 from fastapi.testclient import TestClient
+from mlflow.webhooks import delivery
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from PIL import Image
 
+from craftor import registry
 from craftor.diffuser import load
 from craftor.recipe import Model
-from craftor.serving.api import build_app
+from craftor.serving import tracing, webhook
+from craftor.serving.api import Everywhere, build_app
+from craftor.serving.generation import begin
+from craftor.serving.jobs import NOT_HERE
+from craftor.serving.provenance import png
 from craftor.serving.service import Service, service
 from craftor.serving.settings import Serving
+from encoder_bundles import METRICS, make_bundle, new_store, recipe_for, register
 from serving_parts import listening, write_tuned_bundle
 
 PROMPT = "a small red star"
-TOKENS = {"alice": "alice-secret", "bob": "bob-secret", "poor": "poor-secret"}
+TOKENS = {name: f"{name}-secret" for name in ("alice", "bob", "poor", "slow")}
+SMALL = base64.b64encode(png(torch.zeros(3, 32, 32))).decode()
+PNG_1X1 = base64.b64encode(png(torch.zeros(3, 1, 1))).decode()
 ALICE = {"Authorization": "Bearer alice-secret"}
 
 
@@ -33,6 +48,7 @@ def settings(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Serving:
     bundles = {f"tuned{seed}": str(write_tuned_bundle(tiny, base, folder, seed)) for seed in (1, 2)}
     tokens = {name: {"sha256": hashlib.sha256(token.encode()).hexdigest()} for name, token in TOKENS.items()}
     tokens["poor"]["requests_per_minute"] = 1
+    tokens["slow"]["seconds_per_minute"] = 1e-6
     return Serving.model_validate(
         {
             "name": "tiny",
@@ -44,7 +60,7 @@ def settings(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Serving:
                 "images": 6,
                 "steps": 500,
                 "prompt_chars": 60,
-                "body_bytes": 4096,
+                "body_bytes": 16384,
                 "encoders": 2,
                 "sizes": ["32x48"],
             },
@@ -125,6 +141,24 @@ def test_each_encoder_acts_in_the_window_of_its_training(http: TestClient) -> No
     assert (mixture["from"], mixture["to"], mixture["steps"]) == (499, 0, [2, 4])
 
 
+def test_pictures_are_begun_from_and_kept_where_the_mask_says(http: TestClient) -> None:
+    (drawn,) = pictures(ask(http))
+    begun = base64.b64encode(drawn).decode()
+    half = torch.zeros(1, 32, 32).expand(3, -1, -1).clone()
+    half[:, :, 16:] = 1
+    body = {"image": begun, "strength": 0.5, "prompt": "a large blue ring"}
+    answer = ask(http, **body)
+    described = answer["data"][0]["provenance"]["image"]
+    assert described == {
+        "sha256": hashlib.sha256(drawn).hexdigest(),
+        "mask_sha256": None,
+        "strength": 0.5,
+        "steps": [2, 4],
+    }
+    masked = ask(http, **body | {"mask": "data:image/png;base64," + base64.b64encode(png(half)).decode()})
+    assert len({drawn, *pictures(answer), *pictures(masked)}) == 3
+
+
 def test_a_sweep_is_its_mixtures_one_by_one_with_the_same_seeds(http: TestClient) -> None:
     mixes: list[dict] = [{}, {"tuned1": 0.5}, {"tuned1": 0.5, "tuned2": 0.5}]
     swept = pictures(ask(http, sweep=mixes, n=2))
@@ -168,7 +202,7 @@ def test_urls_lead_to_the_same_bytes_for_a_while(http: TestClient, served: Servi
         ({"mix": {"tuned1": "much"}}, "mix.tuned1", "valid number"),
         ({"mix": {"tuned1": {"weight": 1.0, "from": 10, "to": 500}}}, "mix.tuned1", "from = 10 comes before to = 500"),
         ({"mix": {"tuned1": {"weight": 1.0, "until": 5}}}, "mix.tuned1.until", "not supported"),
-        ({"mix": {"tuned1": 0.1, "tuned2": 0.1, "base": 0.8}}, "mix", "3 encoders in one mixture, allowed: up to 2"),
+        ({"mix": {"tuned1": 0.1, "tuned2": 0.1, "other": 0.1}}, "mix", "3 encoders in one mixture, allowed: up to 2"),
         ({"sweep": []}, "sweep", "at least 1"),
         ({"sweep": [{}, {"none": 1.0}]}, "sweep.1.none", "no encoder 'none'"),
         ({"sweep": [{}], "mix": {"tuned1": 1.0}}, "sweep", "stands in for mix"),
@@ -193,7 +227,17 @@ def test_urls_lead_to_the_same_bytes_for_a_while(http: TestClient, served: Servi
         ({"partial_images": 2}, "partial_images", "goes with stream"),
         ({"style": "vivid"}, "style", "parameter not supported here: style"),
         ({"quality": "hd"}, "quality", "Input should be 'auto'"),
-        ({"image": "x"}, "image", "parameter not supported here: image"),
+        ({"image": "?"}, "image", "image: not base64"),
+        ({"image": "aGVsbG8="}, "image", "not a PNG, JPEG or WebP file"),
+        ({"image": PNG_1X1}, "image", "1x1 pixels, allowed: 32x32, the size asked for"),
+        ({"image": 3}, "image", "valid string"),
+        ({"image": SMALL, "size": "32x48"}, "image", "32x32 pixels, allowed: 32x48, the size asked for"),
+        ({"image": SMALL, "mask": PNG_1X1}, "mask", "1x1 pixels, allowed: 32x32"),
+        ({"image": SMALL, "mask": "data:,"}, "mask", "not a PNG, JPEG or WebP file"),
+        ({"image": SMALL, "strength": 1.5}, "strength", "less than or equal to 1"),
+        ({"mask": "x"}, "mask", "goes with image"),
+        ({"strength": 0.5}, "strength", "goes with image"),
+        ({"image": PNG_1X1, "strength": 0}, "strength", "greater than 0"),
     ],
 )
 def test_mistakes_are_400_and_say_what_is_allowed(http: TestClient, body: dict, param: str, message: str) -> None:
@@ -219,7 +263,7 @@ def test_weights_that_are_not_finite_are_refused(http: TestClient, weight: str) 
         (b"null", 400, "invalid_value"),
         (b"\xff\xfe", 400, None),
         (b"[" * 4000, 400, None),
-        (b'{"prompt": "' + b"x" * 5000 + b'"}', 413, "body_too_large"),
+        (b'{"prompt": "' + b"x" * 20_000 + b'"}', 413, "body_too_large"),
     ],
 )
 def test_bodies_that_are_no_requests(http: TestClient, content: bytes, status: int, code: str | None) -> None:
@@ -235,6 +279,9 @@ def test_bodies_that_are_no_requests(http: TestClient, content: bytes, status: i
 
 
 def test_unknown_models_paths_and_methods(http: TestClient) -> None:
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "nonsense"):
+        sent = http.post("/v1/images/generations", content=b'{"prompt": "star"}', headers={"Content-Type": kind})
+        assert sent.status_code == 400 and sent.json()["error"]["type"] == "invalid_request_error", kind
     wrong = http.post("/v1/images/generations", json={"prompt": PROMPT, "model": "dall-e-3"})
     assert wrong.status_code == 404 and wrong.json()["error"]["message"] == "no model 'dall-e-3'; there is: tiny"
     assert http.get("/v1/nothing").json()["error"]["message"] == "GET /v1/nothing: Not Found"
@@ -252,12 +299,12 @@ def test_only_token_holders_come_in_and_each_has_its_rate(http: TestClient) -> N
     ):
         answer = http.get("/v1/encoders", headers={"Authorization": header})
         assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
-    poor = {"Authorization": "Bearer poor-secret"}
-    statuses = [
-        http.post("/v1/images/generations", json={"prompt": PROMPT, "steps": 1}, headers=poor) for _ in range(2)
-    ]
-    assert [answer.status_code for answer in statuses] == [200, 429]
-    assert statuses[1].json()["error"]["code"] == "rate_limit_exceeded" and int(statuses[1].headers["Retry-After"]) > 0
+    for name, spent in (("poor", "1 requests"), ("slow", "1e-06 seconds of work")):
+        token, body = {"Authorization": f"Bearer {name}-secret"}, {"prompt": PROMPT, "steps": 1}
+        first, second = (http.post("/v1/images/generations", json=body, headers=token) for _ in range(2))
+        error = second.json()["error"]
+        assert (first.status_code, second.status_code, error["code"]) == (200, 429, "rate_limit_exceeded")
+        assert f"your limit of {spent} a minute is spent" in error["message"] and int(second.headers["Retry-After"]) > 0
 
 
 def test_a_deadline_that_cannot_be_met_is_refused_at_once(http: TestClient) -> None:
@@ -287,6 +334,9 @@ def test_jobs_are_cancelled_by_their_owner(http: TestClient, served: Service) ->
     thread.join()
     assert answers[0].status_code == 499 and answers[0].json()["error"]["code"] == "cancelled"
     assert http.delete("/v1/jobs/mine").status_code == 404
+    for name in ("a b", "x" * 65, "../x"):
+        bad = http.post("/v1/images/generations", json={"prompt": PROMPT}, headers={"X-Job-Id": name})
+        assert bad.status_code == 400 and bad.json()["error"]["param"] == "X-Job-Id"
 
 
 def test_who_hangs_up_frees_the_engine(url: str, served: Service) -> None:
@@ -331,3 +381,134 @@ def test_what_operators_read(http: TestClient) -> None:
 def test_pages_elsewhere_may_not_call(http: TestClient) -> None:
     answer = http.get("/v1/models", headers={"Origin": "https://elsewhere.example"})
     assert "access-control-allow-origin" not in answer.headers
+
+
+def test_each_image_is_a_span_below_its_callers(http: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(tracing, "TRACER", provider.get_tracer("test"))
+    trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    body = {"prompt": PROMPT, "mix": {"tuned1": 0.5}, "steps": 3}
+    headers = {"traceparent": f"00-{trace}-{parent}-01"}
+    assert http.post("/v1/images/generations", json=body, headers=headers).status_code == 200
+    found = {span.name: span for span in exporter.get_finished_spans()}
+    image = found.pop("craftor.image")
+    assert f"{image.context.trace_id:032x}" == trace and f"{image.parent.span_id:016x}" == parent
+    assert image.attributes["craftor.weights"] == (0.5,) and image.attributes["craftor.steps"] == 3
+    queue, denoise, decode = (found.pop(f"craftor.{name}") for name in ("queue", "denoise", "decode"))
+    assert not found and all(span.parent.span_id == image.context.span_id for span in (queue, denoise, decode))
+    moments = [image.start_time, queue.end_time, denoise.end_time, decode.end_time]
+    assert moments == sorted(moments) and queue.start_time == image.start_time and decode.end_time == image.end_time
+
+
+def test_hints_come_from_token_holders_and_from_mlflow(
+    served: Service, http: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hints: list[str] = []
+    monkeypatch.setattr(served.watcher, "hint", lambda: hints.append("here"))
+    monkeypatch.setenv(webhook.SECRET, "shared")
+
+    def sent(secret: str = "shared", age: int = 0, **headers: str | bytes) -> int:
+        body, at = '{"entity": "model_version_alias"}', str(int(time.time()) - age)
+        signature = delivery._generate_hmac_signature(secret, "d1", at, body)
+        signed = {"X-MLflow-Delivery-Id": "d1", "X-MLflow-Timestamp": at, "X-MLflow-Signature": signature}
+        own = {"Authorization": "", **signed, **headers}
+        return http.post("/v1/encoders/refresh", content=body, headers=own).status_code
+
+    assert sent() == 202 and hints == ["here"]
+    assert [sent("another"), sent(age=3600), sent(**{"X-MLflow-Timestamp": "9" * 5000})] == [401] * 3
+    assert sent(**{"X-MLflow-Signature": b"v1,\xe9"}) == 401
+    monkeypatch.delenv(webhook.SECRET)
+    assert sent() == 401 and sent("") == 401
+    assert http.post("/v1/encoders/refresh").status_code == 202 and hints == ["here"] * 2
+
+
+def test_what_concerns_all_replicas_reaches_them(served: Service) -> None:
+    told: list[tuple[str, ...]] = []
+
+    async def cancel(job: str, client: str) -> int:
+        told.append(("cancel", job, client))
+        return 3 if job == "there" else NOT_HERE
+
+    async def look() -> None:
+        told.append(("look",))
+
+    with TestClient(build_app(served, Everywhere(cancel, look)), headers=ALICE) as http:
+        assert http.delete("/v1/jobs/there").json()["cancelled_images"] == 3
+        assert http.delete("/v1/jobs/nowhere").status_code == 404
+        assert http.post("/v1/encoders/refresh").status_code == 202
+    assert told == [("cancel", "there", "alice"), ("cancel", "nowhere", "alice"), ("look",)]
+
+
+def test_a_stream_that_nobody_reads_gives_its_job_up() -> None:
+    seen: list[str] = []
+
+    @contextmanager
+    def job() -> Iterator[None]:
+        seen.append("entered")
+        try:
+            yield
+        finally:
+            seen.append("left")
+
+    async def parts() -> AsyncGenerator[bytes, None]:
+        for part in (b"a", b"b"):
+            yield part
+
+    async def unread() -> None:
+        stream = await begin(parts(), job())
+        assert seen == ["entered"]
+        del stream
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+    async def read() -> list[bytes]:
+        return [part async for part in await begin(parts(), job())]
+
+    asyncio.run(unread())
+    assert seen == ["entered", "left"]
+    assert asyncio.run(read()) == [b"a", b"b"] and seen == ["entered", "left"] * 2
+
+
+def test_a_promotion_in_the_registry_reaches_the_endpoint(
+    tiny: Path, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Versions, aliases and held-out scores are listed as in MLflow; a hint is enough for an alias that has moved."""
+    monkeypatch.setenv("CRAFTOR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    connected, recipe = new_store(tmp_path / "runs"), recipe_for(tiny_recipe)
+    for seed, aliases in ((1, ["champion"]), (2, ["candidate"])):
+        registered = register(connected, make_bundle(recipe, tmp_path / str(seed), seed), "style", *aliases)
+        registry.score(connected, registered, METRICS)
+    given = {
+        "model": {"path": str(tiny / "pipeline")},
+        "encoders": {"style": "style@champion"},
+        "canaries": {"style": {"source": "style@candidate", "share": 0.5}},
+        "runs": str(tmp_path / "runs"),
+        "engine": {"bucket": 2},
+        "poll_seconds": 3600.0,
+    }
+    with service(Serving.model_validate(given)) as one, TestClient(build_app(one)) as http:
+
+        def listed() -> dict[str, dict]:
+            return {entry["id"]: entry for entry in http.get("/v1/encoders").json()["data"]}
+
+        before = listed()
+        assert {name: (e["version"], e["aliases"]) for name, e in before.items()} == {
+            "style": ("1", ["champion"]),
+            "style#canary": ("2", ["candidate"]),
+        }
+        assert before["style"]["scores"]["quality"]["delta"] == 0.5 and before["style"]["run_id"]
+        drawn = {
+            user: ask(http, mix={"style": 1.0}, steps=2, user=user)["data"][0]["provenance"]["mixture"][0]["version"]
+            for user in map(str, range(12))
+        }
+        assert set(drawn.values()) == {"1", "2"}, "a canary for some of the callers"
+        again = ask(http, mix={"style": 1.0}, steps=2, user="0")["data"][0]["provenance"]["mixture"][0]["version"]
+        assert again == drawn["0"]
+        connected.set_registered_model_alias("style", "champion", "2")
+        assert http.post("/v1/encoders/refresh").status_code == 202
+        until = time.monotonic() + 20
+        while listed()["style"]["version"] != "2" and time.monotonic() < until:
+            time.sleep(0.05)
+        assert listed()["style"]["version"] == "2" and listed()["style"]["aliases"] == ["candidate", "champion"]

@@ -6,7 +6,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from craftor.solver import add_noise, schedule, trailing
+from craftor.solver import add_noise, begun_at, schedule, trailing
 
 CONFIG = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "timestep_spacing": "trailing"}
 
@@ -65,6 +65,20 @@ def test_dpm_solver_steps_as_diffusers_does(prediction_type: str, num_steps: int
     latents, outputs = noise(num_steps)
     found = run(schedule(ours(prediction_type), "dpm_solver_2m", num_steps), outputs, latents)
     for index, timestep in enumerate(reference.timesteps):
+        latents = reference.step(outputs[index], timestep, latents).prev_sample
+        torch.testing.assert_close(found[index], latents, rtol=1e-4, atol=1e-4)
+
+
+def test_a_chain_that_begins_under_way_has_no_step_before_its_first() -> None:
+    reference = DPMSolverMultistepScheduler(**CONFIG, final_sigmas_type="sigma_min")
+    reference.set_timesteps(20)
+    reference.set_begin_index(8)
+    latents, outputs = noise(12)
+    whole = schedule(ours(), "dpm_solver_2m", 20)
+    steps = begun_at(whole, 8)
+    assert len(steps) == 20 and begun_at(whole, 0) is whole
+    found = run(steps[8:], outputs, latents)
+    for index, timestep in enumerate(reference.timesteps[8:]):
         latents = reference.step(outputs[index], timestep, latents).prev_sample
         torch.testing.assert_close(found[index], latents, rtol=1e-4, atol=1e-4)
 

@@ -11,7 +11,7 @@ timestep. The numbers are those of diffusers' own schedulers (tests compare each
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -68,6 +68,14 @@ def schedule(scheduler: SchedulerMixin, solver: str, num_steps: int) -> Schedule
         Step(int(t), alpha[i], sigma[i], *read(alpha[i], sigma[i]), *weigh(alpha, sigma, i))
         for i, t in enumerate(timesteps)
     )
+
+
+def begun_at(steps: Schedule, index: int) -> Schedule:
+    """A schedule of which only the steps from `index` on are taken: the first of them knows no step before it."""
+    if index == 0:
+        return steps
+    first = steps[index]
+    return (*steps[:index], replace(first, new=first.new + first.old, old=0.0), *steps[index + 1 :])
 
 
 def trailing(num_timesteps: int, num_steps: int) -> list[int]:

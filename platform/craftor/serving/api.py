@@ -3,8 +3,9 @@
 import asyncio
 import base64
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Annotated, Any
 
@@ -13,21 +14,30 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
 from craftor import __version__
-from craftor.serving import errors
+from craftor.serving import errors, tracing
 from craftor.serving.admission import Rejected
 from craftor.serving.body_limit import BodyLimit
 from craftor.serving.count import CountAnswers
 from craftor.serving.errors import ApiError, busy
-from craftor.serving.generation import Asked, events, picture, submit
+from craftor.serving.generation import begin, events, picture, submit
 from craftor.serving.jobs import NOT_HERE
+from craftor.serving.listing import encoder_entry, model_entry, size_name
 from craftor.serving.schema import Generation
 from craftor.serving.service import Service
-
-Elsewhere = Callable[[str, str], Awaitable[int]]
-"""Cancels a client's job in whatever replica holds it, as `Jobs.cancel`."""
+from craftor.serving.webhook import from_mlflow
 
 
-def build_app(service: Service, elsewhere: Elsewhere | None = None) -> FastAPI:
+@dataclass(frozen=True)
+class Everywhere:
+    """What all replicas are told, this one included."""
+
+    cancel: Callable[[str, str], Awaitable[int]]
+    """A client's job, as `Jobs.cancel`."""
+    look: Callable[[], Awaitable[None]]
+    """At the registry, now."""
+
+
+def build_app(service: Service, everywhere: Everywhere | None = None) -> FastAPI:
     """The replica's ASGI app."""
     settings = service.settings
     app = FastAPI(title="Craftor", version=__version__, summary="Images from any mixture of tuned text encoders.")
@@ -39,14 +49,14 @@ def build_app(service: Service, elsewhere: Elsewhere | None = None) -> FastAPI:
             CORSMiddleware, allow_origins=list(settings.http.cors_origins), allow_methods=["*"], allow_headers=["*"]
         )
     _operations(app, service)
-    _images(app, service, elsewhere)
+    _images(app, service, everywhere)
     if settings.http.playground:
         _playground(app)
     _document_what_is_answered(app)
     return app
 
 
-def _images(app: FastAPI, service: Service, elsewhere: Elsewhere | None) -> None:
+def _images(app: FastAPI, service: Service, everywhere: Everywhere | None) -> None:
     settings, engine = service.settings, service.engine
 
     def client(authorization: Annotated[str | None, Header()] = None) -> str:
@@ -63,21 +73,23 @@ def _images(app: FastAPI, service: Service, elsewhere: Elsewhere | None) -> None
         x_deadline_ms: Annotated[int | None, Header(ge=1, le=86_400_000)] = None,
     ) -> Response:
         """Images of a prompt. `X-Deadline-Ms`: refuse at once (429) what cannot be done by then."""
-        images = service.interpreter.images(body)
+        images = service.interpreter.images(body, client)
         if not engine.alive:
             raise ApiError(503, "this replica has failed; ask again", code="replica_failed")
         job = service.jobs.name(x_job_id)
         try:
-            service.gate.charge(client, sum(engine.cost(image) for image in images))
-            asked = submit(engine, images, client, x_deadline_ms and x_deadline_ms / 1000)
+            with service.gate.charge(client, sum(engine.cost(image) for image in images)):
+                deadline = None if x_deadline_ms is None else x_deadline_ms / 1000
+                asked = submit(engine, images, client, deadline, tracing.caller(request.headers))
         except Rejected as rejected:
             service.metrics.rejects.labels(rejected.reason).inc()
             raise busy(rejected) from None
-        size = _size_name(asked)
+        size = size_name(images[0])
         headers = {"X-Job-Id": job, "Cache-Control": "no-store"}
         if body.stream:
-            stream = _kept(service, job, client, asked, events(engine, settings.name, size, job, asked))
-            return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
+            stream = events(engine, settings.name, size, job, asked)
+            begun = await begin(stream, service.jobs.running(job, client, asked.rows))
+            return StreamingResponse(begun, media_type="text/event-stream", headers=headers)
         with service.jobs.running(job, client, asked.rows):
             pictures = [picture(engine, settings.name, row) for row in asked.rows]
             done = await _unless_gone(request, asyncio.gather(*pictures))
@@ -95,8 +107,8 @@ def _images(app: FastAPI, service: Service, elsewhere: Elsewhere | None) -> None
     async def cancel(job: str, client: Client) -> dict[str, Any]:
         """Give up a request in flight, by its `X-Job-Id`; its slots are free at the next step."""
         cancelled = service.jobs.cancel(job, client)
-        if cancelled == NOT_HERE and elsewhere is not None:
-            cancelled = await elsewhere(job, client)
+        if cancelled == NOT_HERE and everywhere is not None:
+            cancelled = await everywhere.cancel(job, client)
         if cancelled == NOT_HERE:
             raise ApiError(404, f"no job {job!r} of yours is in flight", code="job_not_found")
         return {"id": job, "object": "job", "cancelled_images": cancelled}
@@ -108,40 +120,31 @@ def _images(app: FastAPI, service: Service, elsewhere: Elsewhere | None) -> None
 
     @app.get("/v1/models", responses=ERRORS)
     async def models(client: Client) -> dict[str, Any]:
-        return {"object": "list", "data": [_model(service)]}
+        return {"object": "list", "data": [model_entry(service)]}
 
     @app.get("/v1/models/{name}", responses=ERRORS)
     async def model(name: str, client: Client) -> dict[str, Any]:
         if name != settings.name:
             raise ApiError(404, f"no model {name!r}; there is: {settings.name}", code="model_not_found")
-        return _model(service)
+        return model_entry(service)
 
     @app.post("/v1/encoders/refresh", responses=ERRORS, status_code=202)
-    async def refresh(client: Client) -> dict[str, Any]:
-        """A hint that an alias has moved, for a webhook: look now. Replicas look every `poll_seconds` anyway."""
+    async def refresh(request: Request, authorization: Annotated[str | None, Header()] = None) -> dict[str, Any]:
+        """A hint that an alias has moved: look now. Replicas look every `poll_seconds` anyway.
+
+        For token holders, and for webhooks of MLflow that are signed with the secret in CRAFTOR_WEBHOOK_SECRET.
+        """
+        if not from_mlflow(request.headers, await request.body()):
+            service.gate.client(authorization)
         service.watcher.hint()
+        if everywhere is not None:
+            await everywhere.look()
         return {"object": "refresh", "poll_seconds": settings.poll_seconds}
 
     @app.get("/v1/encoders", responses=ERRORS)
     async def encoders(client: Client) -> dict[str, Any]:
         """What can be mixed: each name's version now, where it acts by default, and what was measured of it."""
-        data = [
-            {
-                "id": name,
-                "object": "encoder",
-                "source": service.library.sources[name],
-                "name": encoder.name,
-                "version": encoder.version,
-                "uri": encoder.uri,
-                "sha256": encoder.sha256,
-                "run_id": encoder.run_id,
-                "window": {"from": encoder.window[0], "to": encoder.window[1]},
-                "rewards": encoder.description.get("rewards", {}),
-                "scores": encoder.description.get("scores", {}),
-                "problem": service.library.problems.get(name),
-            }
-            for name, encoder in service.library.table.items()
-        ]
+        data = [encoder_entry(service, name, encoder) for name, encoder in service.library.table.items()]
         return {"object": "list", "data": data}
 
 
@@ -198,25 +201,6 @@ def _document_what_is_answered(app: FastAPI) -> None:
             operation["responses"].pop("422", None)
 
 
-def _size_name(asked: Asked) -> str:
-    height, width = asked.rows[0].request.size or (0, 0)
-    return f"{width}x{height}"
-
-
-def _model(service: Service) -> dict[str, Any]:
-    settings = service.settings
-    return {
-        "id": settings.name,
-        "object": "model",
-        "created": 0,
-        "owned_by": "craftor",
-        "base": settings.model.path,
-        "sizes": list(service.interpreter.sizes),
-        "defaults": settings.defaults.model_dump(),
-        "limits": settings.limits.model_dump(),
-    }
-
-
 async def _unless_gone(request: Request, work: "asyncio.Future[list[Any]]") -> list[Any]:
     """The work's result; given up when the client hangs up."""
 
@@ -236,12 +220,3 @@ async def _unless_gone(request: Request, work: "asyncio.Future[list[Any]]") -> l
         work.cancel()
         with suppress(asyncio.CancelledError):
             await left
-
-
-async def _kept(
-    service: Service, job: str, client: str, asked: Asked, stream: AsyncIterator[bytes]
-) -> AsyncIterator[bytes]:
-    """A stream whose rows are given up when nobody reads it any more."""
-    with service.jobs.running(job, client, asked.rows):
-        async for part in stream:
-            yield part

@@ -64,8 +64,10 @@ def advance(unet: Guided, rows: Sequence[Row], bucket: int) -> float:
     if any(step.old for step in steps):
         following = following + old * torch.stack([row.previous for row in rows])
     for row, after, clean in zip(rows, following, x0, strict=True):
-        row.latents, row.previous = after, clean
         row.index += 1
+        if row.kept is not None:
+            after = row.kept.put_back(after, row.schedule[row.index] if row.remaining else None)
+        row.latents, row.previous = after, clean
     return seconds
 
 

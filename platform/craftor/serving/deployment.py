@@ -14,11 +14,13 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
 from craftor.cluster import ray_session
 from craftor.quiet import hush
-from craftor.serving.api import build_app
+from craftor.serving.api import Everywhere, build_app
 from craftor.serving.jobs import NOT_HERE
+from craftor.serving.routing import HELD
 from craftor.serving.service import service
 from craftor.serving.settings import Serving, load, parse
 
@@ -35,11 +37,20 @@ class Replica:
         self._service = self._open.enter_context(service(parse(settings, "serve")))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_app(self._service, elsewhere=_ask_all)
+        return build_app(self._service, Everywhere(_cancel_everywhere, _look_everywhere))
 
     def cancel_here(self, job: str, client: str) -> int:
         """Images given up, or NOT_HERE."""
         return self._service.jobs.cancel(job, client)
+
+    def look_here(self) -> None:
+        """At the registry, now."""
+        self._service.watcher.hint()
+
+    def record_routing_stats(self) -> dict[str, list[str]]:
+        """For `routing`."""
+        table = self._service.library.table
+        return {HELD: [*table, *(f"{encoder.name}/{encoder.version}" for encoder in table.values())]}
 
     def check_health(self) -> None:
         """Serve starts a replica anew whose engine has ended."""
@@ -50,10 +61,20 @@ class Replica:
         self._open.close()
 
 
-async def _ask_all(job: str, client: str) -> int:
+async def _cancel_everywhere(job: str, client: str) -> int:
+    return max(
+        (told for told in await _tell_all("cancel_here", job, client) if isinstance(told, int)), default=NOT_HERE
+    )
+
+
+async def _look_everywhere() -> None:
+    await _tell_all("look_here")
+
+
+async def _tell_all(method: str, *arguments: str) -> list[Any]:
+    """What each replica answers, or the error in place of it."""
     handle = serve.get_deployment_handle(DEPLOYMENT, APP)
-    answers = await handle.broadcast("cancel_here", job, client).results_async(timeout_s=5, return_exceptions=True)
-    return max((answer for answer in answers if isinstance(answer, int)), default=NOT_HERE)
+    return await handle.broadcast(method, *arguments).results_async(timeout_s=5, return_exceptions=True)
 
 
 def build(arguments: dict[str, Any]) -> Application:
@@ -78,6 +99,10 @@ def application(settings: Serving) -> Application:
         name=DEPLOYMENT,
         ray_actor_options={"num_cpus": replicas.num_cpus, "num_gpus": replicas.num_gpus},
         max_ongoing_requests=replicas.max_ongoing_requests,
+        request_router_config=RequestRouterConfig(
+            request_router_class="craftor.serving.routing.PreferHolders",
+            request_routing_stats_period_s=settings.poll_seconds,
+        ),
         health_check_period_s=2,
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=60,
@@ -117,6 +142,10 @@ def _absolute(settings: Serving) -> Serving:
         update={
             "model": settings.model.model_copy(update={"path": fix(settings.model.path)}),
             "encoders": {name: fix(source) for name, source in settings.encoders.items()},
+            "canaries": {
+                name: canary.model_copy(update={"source": fix(canary.source)})
+                for name, canary in settings.canaries.items()
+            },
             "runs": str(Path(settings.runs).resolve()),
         }
     )

@@ -21,8 +21,9 @@ from craftor.serving.decoding import Decoder, previewer
 from craftor.serving.embeddings import Embeddings
 from craftor.serving.lanes import Lane
 from craftor.serving.settings import EngineSettings
+from craftor.serving.upload import encode
 from craftor.serving.work import Cancelled, EngineEnded, ImageRequest, Listener, Observer, Row, first_noise
-from craftor.solver import Schedule, schedule
+from craftor.solver import Schedule, begun_at, schedule
 
 Shape = tuple[int, int, int]
 
@@ -82,16 +83,16 @@ class Engine:
 
     def cost(self, request: ImageRequest) -> float:
         """Seconds of a full engine that a request takes: steps x slots x the time of a slot."""
-        return request.num_steps * request.slots * self._step_seconds(request) / self.capacity
+        return request.slots * self.latency(request) / self.capacity
 
     def latency(self, request: ImageRequest) -> float:
         """Seconds that a request takes in a full engine once it runs."""
-        return request.num_steps * self._step_seconds(request)
+        return (request.num_steps - request.first_step) * self._step_seconds(request)
 
     def load(self) -> Load:
         """Work waiting and on its way."""
         lanes = list(self._lanes.values())
-        running = sum(row.cost * row.remaining / len(row.schedule) for lane in lanes for row in lane.running)
+        running = sum(row.cost * row.remaining / row.taken for lane in lanes for row in lane.running)
         return Load(sum(row.cost for lane in lanes for row in lane.waiting), running)
 
     def start(self) -> "Engine":
@@ -129,6 +130,7 @@ class Engine:
         lane.seconds[bucket] += 0.1 * (seconds - lane.seconds[bucket])
         for row in lane.running:
             if row.remaining == 0:
+                row.denoised = time.monotonic()
                 self._decoder.finish(row)
             elif row.listener is not None and row.shows_preview():
                 self._decoder.preview(row)
@@ -177,6 +179,9 @@ class Engine:
         if row.cancelled:
             return
         row.base, row.members = self.embeddings.prompts(row.request, row.schedule)
+        if row.request.upload is not None:
+            row.kept = encode(self.base, row.request.upload, row.latents)
+            row.latents = row.kept.begin(row.schedule[row.index], row.request.upload.strength)
         with self._work:
             row.encoded = True
             self._work.notify()
@@ -206,7 +211,8 @@ class Engine:
         if key not in self._schedules:
             self._schedules[key] = schedule(self.base.scheduler, *key)
         noise = first_noise(request.seed, self._shape(request)).to(self.base.device)
-        return Row(request, self._schedules[key], noise, client, self.cost(request))
+        steps = begun_at(self._schedules[key], request.first_step)
+        return Row(request, steps, noise, client, self.cost(request))
 
     def _shape(self, request: ImageRequest) -> Shape:
         if request.size is None:

@@ -3,7 +3,8 @@
 import hashlib
 import hmac
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from craftor.serving.admission import Rejected
@@ -33,6 +34,9 @@ class Allowance:
             raise Rejected(f"your limit of {self.per_minute:g} {what} a minute is spent", wait, "rate_limit_exceeded")
         self.left -= amount
 
+    def give_back(self, amount: float) -> None:
+        self.left = min(self.per_minute, self.left + amount)
+
 
 class Gate:
     """Without tokens everybody is `anonymous`, and unlimited but for the queue."""
@@ -55,8 +59,16 @@ class Gate:
             raise ApiError(401, f"{said}: send 'Authorization: Bearer TOKEN'", code="invalid_api_key", headers=headers)
         return found[0]
 
-    def charge(self, client: str, seconds: float) -> None:
-        """Count one request of so many seconds of work. Raises Rejected."""
-        if client in self._tokens:
-            self._requests[client].take(1, "requests")
-            self._seconds[client].take(seconds, "seconds of work")
+    @contextmanager
+    def charge(self, client: str, seconds: float) -> Iterator[None]:
+        """Count one request of so many seconds of work; the work only if the block takes it. Raises Rejected."""
+        if client not in self._tokens:
+            yield
+            return
+        self._requests[client].take(1, "requests")
+        self._seconds[client].take(seconds, "seconds of work")
+        try:
+            yield
+        except Rejected:
+            self._seconds[client].give_back(seconds)
+            raise

@@ -4,13 +4,17 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from jaxtyping import Float
+from opentelemetry.context import Context
 from torch import Tensor
 
+from craftor.serving import tracing
 from craftor.serving.admission import Rejected
 from craftor.serving.engine import Engine
 from craftor.serving.errors import ApiError, busy
@@ -29,7 +33,9 @@ class Asked:
     previews: "asyncio.Queue[Event]" = field(default_factory=asyncio.Queue)
 
 
-def submit(engine: Engine, requests: Sequence[ImageRequest], client: str, deadline: float | None) -> Asked:
+def submit(
+    engine: Engine, requests: Sequence[ImageRequest], client: str, deadline: float | None, trace: Context
+) -> Asked:
     """Hand requests to the engine. Raises Rejected."""
     loop = asyncio.get_running_loop()
     asked = Asked([])
@@ -40,6 +46,8 @@ def submit(engine: Engine, requests: Sequence[ImageRequest], client: str, deadli
 
     listeners = [listen(i) if request.previews else None for i, request in enumerate(requests)]
     asked.rows = engine.submit(requests, client=client, deadline=deadline, listeners=listeners)
+    for row in asked.rows:
+        row.done.add_done_callback(partial(tracing.ended, row, trace))
     return asked
 
 
@@ -72,7 +80,7 @@ async def picture(engine: Engine, model: str, row: Row) -> tuple[bytes, dict[str
     return await asyncio.to_thread(png, image, described), described
 
 
-async def events(engine: Engine, model: str, size: str, job: str, asked: Asked) -> AsyncIterator[bytes]:
+async def events(engine: Engine, model: str, size: str, job: str, asked: Asked) -> AsyncGenerator[bytes, None]:
     """Server-sent events in OpenAI's names: previews as they come, each image when it is done."""
     pictures = [asyncio.ensure_future(picture(engine, model, row)) for row in asked.rows]
     preview = asyncio.ensure_future(asked.previews.get())
@@ -102,6 +110,28 @@ async def events(engine: Engine, model: str, size: str, job: str, asked: Asked) 
         preview.cancel()
         for picture_ in pictures:
             picture_.cancel()
+
+
+async def begin(stream: AsyncGenerator[bytes, None], job: AbstractContextManager[None]) -> AsyncGenerator[bytes, None]:
+    """The same stream inside `job`, which it has entered on return and leaves when it ends, whether it is read or not.
+
+    A generator of which nothing was read is dropped without its `finally`; so this one's first part is read here.
+    """
+
+    async def inside() -> AsyncGenerator[bytes, None]:
+        with job:
+            async with aclosing(stream):
+                async for part in stream:
+                    yield part
+
+    async def rest(first: bytes, others: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+        async with aclosing(others):
+            yield first
+            async for part in others:
+                yield part
+
+    entered = inside()
+    return rest(await anext(entered), entered)
 
 
 def event(kind: str, body: dict[str, Any], image: bytes) -> bytes:

@@ -11,6 +11,7 @@ from craftor.serving.errors import ApiError
 from craftor.serving.library import Library, NotServed
 from craftor.serving.schema import MAX_SEED, Generation, Mix, Portion
 from craftor.serving.settings import SIZE, Serving
+from craftor.serving.upload import BadPicture, Upload, read
 from craftor.serving.work import ImageRequest, Share
 
 Number = TypeVar("Number", int, float)
@@ -31,7 +32,7 @@ class Interpreter:
         own = {f"{width}x{height}": (height, width)}
         return own | {size: (int(h), int(w)) for size in self.settings.limits.sizes for w, h in [size.split("x")]}
 
-    def images(self, body: Generation) -> list[ImageRequest]:
+    def images(self, body: Generation, client: str) -> list[ImageRequest]:
         """All images of a request: mixture by mixture, seeds in order."""
         limits, defaults = self.settings.limits, self.settings.defaults
         if body.model not in (None, self.settings.name):
@@ -58,6 +59,8 @@ class Interpreter:
         seed = secrets.randbelow(2**32) if body.seed is None else body.seed
         if seed + body.n - 1 > MAX_SEED:
             raise ApiError(400, f"seed: {seed} + n is over {MAX_SEED}", param="seed", code="invalid_value")
+        size = self._size(body.size)
+        upload = _upload(body, size)
         return [
             ImageRequest(
                 prompt=prompt,
@@ -67,10 +70,11 @@ class Interpreter:
                 num_steps=steps,
                 guidance_scale=guidance,
                 solver=body.scheduler or defaults.scheduler,
-                size=self._size(body.size),
+                size=size,
+                upload=upload,
                 previews=body.partial_images or 0,
             )
-            for shares in [self._shares(mix, param) for param, mix in mixes]
+            for shares in [self._shares(mix, param, f"{client}/{body.user or ''}") for param, mix in mixes]
             for k in range(body.n)
         ]
 
@@ -87,9 +91,11 @@ class Interpreter:
             )
         return known[text]
 
-    def _shares(self, mix: Mix, param: str) -> tuple[Share, ...]:
-        _at_most(len(mix), param, self.settings.limits.encoders, what="encoders in one mixture")
-        shares = tuple(self._share(name, part, f"{param}.{name}") for name, part in mix.items() if name != "base")
+    def _shares(self, mix: Mix, param: str, caller: str) -> tuple[Share, ...]:
+        _at_most(len(mix.keys() - {"base"}), param, self.settings.limits.encoders, what="encoders in one mixture")
+        shares = tuple(
+            self._share(name, part, f"{param}.{name}", caller) for name, part in mix.items() if name != "base"
+        )
         try:
             check_weights([(share.weight, timesteps(share.window)) for share in shares])
             self._base_is_what_is_left(mix, shares)
@@ -107,9 +113,9 @@ class Interpreter:
         if not math.isclose(weight + total, 1, abs_tol=1e-6):
             raise MixtureError(f"base is {weight:g} and the others sum to {total:g}: together 1, or leave the base out")
 
-    def _share(self, name: str, part: float | Portion, param: str) -> Share:
+    def _share(self, name: str, part: float | Portion, param: str, caller: str) -> Share:
         try:
-            encoder = self.library.find(name)
+            encoder = self.library.find(name, caller)
         except NotServed as error:
             raise ApiError(400, str(error), param=param, code="encoder_not_found") from None
         portion = part if isinstance(part, Portion) else Portion(weight=part)
@@ -128,6 +134,18 @@ def check_sizes(settings: Serving, base: Diffuser) -> None:
         assert SIZE.fullmatch(size)
         if any(int(side) % unit for side in size.split("x")):
             raise ValueError(f"limits.sizes: {size}: width and height must be multiples of {unit} for this model")
+
+
+def _upload(body: Generation, size: tuple[int, int]) -> Upload | None:
+    if body.image is None:
+        for param in ("mask", "strength"):
+            if getattr(body, param) is not None:
+                raise ApiError(400, f"{param}: goes with image", param=param, code="invalid_value")
+        return None
+    try:
+        return read(body.image, body.mask, body.strength or 0.8, size)
+    except BadPicture as error:
+        raise ApiError(400, str(error), param=error.param, code="invalid_value") from None
 
 
 def _text(text: str, param: str, limit: int) -> str:

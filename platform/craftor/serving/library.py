@@ -6,15 +6,20 @@ began with. Each replica polls for itself: a look-up is milliseconds, the weight
 shared can fail them all.
 """
 
+import hashlib
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from craftor.diffuser import Diffuser
 from craftor.encoders import Encoder, EncoderRefused, UnknownEncoder, Version, load_encoder
 from craftor.registry import BundleError
+from craftor.serving.settings import Canary
 from craftor.tracking import TrackingUnreachable
 
+CANARY = "#canary"
+"""After an encoder's name: the version that is tried."""
 Resolve = Callable[[str], Version]
 
 
@@ -25,9 +30,17 @@ class NotServed(ValueError):
 class Library:
     """Encoders of one base, by the name mixtures use."""
 
-    def __init__(self, base: Diffuser, sources: Mapping[str, str], resolve: Resolve | None) -> None:
+    def __init__(
+        self,
+        base: Diffuser,
+        sources: Mapping[str, str],
+        resolve: Resolve | None,
+        canaries: Mapping[str, Canary] = MappingProxyType({}),
+    ) -> None:
         """Load every source. Raises what `load_encoder` and `resolve` raise: a server starts whole or not at all."""
-        self.base, self.sources, self._resolve = base, dict(sources), resolve
+        self.base, self._resolve = base, resolve
+        self.sources = dict(sources) | {name + CANARY: canary.source for name, canary in canaries.items()}
+        self._shares = {name: canary.share for name, canary in canaries.items()}
         self.problems: dict[str, str] = {}
         """By name, or `registry`: why what is served is not what the registry says."""
         self._pinned: dict[str, Version] = {}
@@ -41,11 +54,19 @@ class Library:
     def table(self) -> Mapping[str, Encoder]:
         return self._table
 
-    def find(self, name: str) -> Encoder:
-        """By the name it is served under, its source (`style@champion`), or the version it has now (`style/3`)."""
+    @property
+    def versions(self) -> Mapping[str, Version]:
+        """By name, of those that come from the registry."""
+        return self._pinned
+
+    def find(self, name: str, caller: str = "") -> Encoder:
+        """By the name it is served under, its source (`style@champion`), or the version it has now (`style/3`).
+
+        Of a name with a canary, `caller` decides which version: always the same for the same caller.
+        """
         table = self._table
         if name in table:
-            return table[name]
+            return table[name + CANARY if _draw(name, caller) < self._shares.get(name, 0.0) else name]
         for served, encoder in table.items():
             if name in (self.sources[served], f"{encoder.name}/{encoder.version}"):
                 return encoder
@@ -73,6 +94,7 @@ class Library:
         version = self._resolve(source)
         before = self._table.get(name)
         if before is not None and version.uri == self._pinned[name].uri:
+            self._pinned[name] = version  # its other aliases and its scores may be new
             return before
         if version.uri in self._refused:
             raise EncoderRefused(self._refused[version.uri])
@@ -83,6 +105,12 @@ class Library:
             raise
         self._pinned[name] = version
         return loaded
+
+
+def _draw(name: str, caller: str) -> float:
+    """A number in [0, 1) that follows from who asks for what."""
+    digest = hashlib.blake2b(f"{name}/{caller}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
 
 
 class Watcher:

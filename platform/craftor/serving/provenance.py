@@ -34,7 +34,12 @@ def record(row: Row, model: str, engine: dict[str, Any]) -> dict[str, Any]:
                 "steps": [acts.start, acts.stop] if acts else [],
             }
         )
-    return {
+    upload = request.upload
+    begun = {}
+    if upload is not None:
+        files = {"sha256": upload.sha256, "mask_sha256": upload.mask_sha256}
+        begun = {"image": files | {"strength": upload.strength, "steps": [request.first_step, request.num_steps]}}
+    return begun | {
         "craftor": __version__,
         "model": model,
         "engine": engine,

@@ -51,3 +51,9 @@ class Generation(Body):
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     """Of the first image; image k has seed + k, and is the same one alone."""
     scheduler: Literal["ddim", "euler", "dpm_solver_2m"] | None = None
+    image: str | None = None
+    """A picture to begin from (base64 of a PNG, JPEG or WebP file of the size asked for)."""
+    mask: str | None = None
+    """Where to draw anew (white) and where to keep the picture (black); goes with `image`."""
+    strength: float | None = Field(None, gt=0, le=1)
+    """How much of the way from noise is taken; goes with `image`, by default 0.8."""

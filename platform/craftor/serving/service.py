@@ -46,7 +46,7 @@ def service(settings: Serving) -> Iterator[Service]:
     """Load, measure and start; stop at the end of the block. Raises what loading the base and the encoders raises."""
     base = load(settings.model).hold_rounded()
     check_sizes(settings, base)
-    library = Library(base, settings.encoders, _resolve(settings))
+    library = Library(base, settings.encoders, _resolve(settings), settings.canaries)
     metrics = Metrics()
     engine = Engine(base, settings.engine, metrics).start()
     metrics.watch(engine, library)
@@ -71,7 +71,8 @@ def service(settings: Serving) -> Iterator[Service]:
 
 def _resolve(settings: Serving) -> Resolve | None:
     """A look-up in the registry, where some encoder comes from there."""
-    if all(Path(source).is_dir() for source in settings.encoders.values()):
+    sources = [*settings.encoders.values(), *(canary.source for canary in settings.canaries.values())]
+    if all(Path(source).is_dir() for source in sources):
         return None
     connected = client(Path(settings.runs))
     return lambda text: resolve(connected, text)

@@ -43,7 +43,8 @@ class Limits(Section):
     steps: int = Field(100, ge=1, le=1000)
     guidance_scale: float = Field(30.0, ge=1)
     prompt_chars: int = Field(2000, ge=1)
-    body_bytes: int = Field(65536, ge=1024)
+    body_bytes: int = Field(2**22, ge=1024)
+    """Uploaded pictures included."""
     sizes: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """`WIDTHxHEIGHT` beside the model's own size."""
 
@@ -64,7 +65,7 @@ class Defaults(Section):
 
 
 class Token(Section):
-    """One client's bearer token, by its hash alone, and what it may spend."""
+    """One client's bearer token, by its hash alone, and what it may spend at each replica."""
 
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """`printf %s TOKEN | sha256sum`; tokens are random and long, so that a plain hash is enough."""
@@ -102,6 +103,13 @@ class Replicas(Section):
         return self
 
 
+class Canary(Section):
+    """A second version that a share of the callers get for a name, always the same ones."""
+
+    source: str
+    share: float = Field(gt=0, lt=1)
+
+
 class Serving(Section):
     name: str = Field("craftor", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """What `/v1/models` calls the model."""
@@ -109,6 +117,9 @@ class Serving(Section):
     encoders: dict[str, str] = {}
     """The name a mixture uses, and where it comes from: a bundle's folder, or `name@alias`, `name/3`, `name` in the
     MLflow registry. What an alias points to is looked up again every `poll_seconds`."""
+    canaries: dict[str, Canary] = {}
+    """By the name of an encoder: `style = { source = "style@candidate", share = 0.1 }`. A mixture may also ask for
+    `style#canary` by name."""
     poll_seconds: float = Field(5.0, gt=0)
     runs: str = "runs"
     """The folder of `mlflow.db`, where `MLFLOW_TRACKING_URI` is not set; images asked for as a URL lie in it too."""
@@ -127,6 +138,12 @@ class Serving(Section):
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) or name == "base":
                 raise ValueError(f"{name!r} cannot name an encoder: letters, digits, '.', '_', '-', and not 'base'")
         return encoders
+
+    @model_validator(mode="after")
+    def _canaries_have_a_mine(self) -> "Serving":
+        if unknown := self.canaries.keys() - self.encoders.keys():
+            raise ValueError(f"canaries: no encoder {min(unknown)!r}; there are: {', '.join(self.encoders) or 'none'}")
+        return self
 
     @model_validator(mode="after")
     def _guarded(self) -> "Serving":

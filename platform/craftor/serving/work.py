@@ -12,6 +12,7 @@ from torch import Tensor
 from craftor.denoise import Prompt
 from craftor.encoders import Encoder
 from craftor.mixture import Member, prompt_at
+from craftor.serving.upload import Kept, Upload
 from craftor.solver import Schedule
 
 
@@ -44,6 +45,8 @@ class ImageRequest:
     solver: str = "ddim"
     size: tuple[int, int] | None = None
     """Height and width in pixels; by default the model's own."""
+    upload: Upload | None = None
+    """A picture to begin from, instead of noise alone."""
     previews: int = 0
     """How many pictures of the predicted clean latents to show on the way."""
 
@@ -51,6 +54,11 @@ class ImageRequest:
     def slots(self) -> int:
         """Places in a UNet call: guidance 1 needs no unconditional half."""
         return 1 if self.guidance_scale == 1 else 2
+
+    @property
+    def first_step(self) -> int:
+        """The first denoising step taken: 0, unless it begins from a picture."""
+        return 0 if self.upload is None else self.upload.first_step(self.num_steps)
 
 
 class Listener(Protocol):
@@ -93,21 +101,32 @@ class Row:
     index: int = 0
     """The denoising step to come."""
     started: float | None = None
+    """When it joined its first UNet call."""
+    denoised: float | None = None
+    """When it left its last."""
     cancelled: bool = False
     encoded: bool = False
     passed_over: int = 0
     base: Prompt | None = None
     members: tuple[Member, ...] = ()
+    kept: Kept | None = None
+    """Of an uploaded picture."""
     previous: Tensor = field(init=False)
     """The clean latents predicted last: what multistep solvers read, and previews show."""
     _mixed: tuple[tuple[int, ...], Prompt] | None = None
 
     def __post_init__(self) -> None:
         self.previous = torch.zeros_like(self.latents)
+        self.index = self.request.first_step
 
     @property
     def remaining(self) -> int:
         return len(self.schedule) - self.index
+
+    @property
+    def taken(self) -> int:
+        """Denoising steps in all."""
+        return len(self.schedule) - self.request.first_step
 
     def prompt(self) -> Prompt:
         """What the coming step sees; mixed again only where a member's window opens or closes."""
@@ -136,8 +155,9 @@ class Row:
 
     def shows_preview(self) -> bool:
         """Whether the step just taken is one of `previews` at equal distances, the finished picture not counted."""
-        count, total = self.request.previews, len(self.schedule)
-        return any(self.index == round(total * k / (count + 1)) for k in range(1, count + 1)) and self.remaining > 0
+        count, first = self.request.previews, self.request.first_step
+        shown = (first + round(self.taken * k / (count + 1)) for k in range(1, count + 1))
+        return self.index in shown and self.remaining > 0
 
 
 def first_noise(seed: int, shape: tuple[int, int, int]) -> Float[Tensor, "c h w"]:

@@ -1,0 +1,48 @@
+"""What `/v1/models` and `/v1/encoders` tell of the model and of each encoder that can be mixed."""
+
+from typing import Any
+
+from craftor.encoders import Encoder
+from craftor.serving.service import Service
+from craftor.serving.work import ImageRequest
+
+
+def size_name(request: ImageRequest) -> str:
+    """`WIDTHxHEIGHT`, as requests name it."""
+    assert request.size is not None
+    height, width = request.size
+    return f"{width}x{height}"
+
+
+def model_entry(service: Service) -> dict[str, Any]:
+    settings = service.settings
+    return {
+        "id": settings.name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "craftor",
+        "base": settings.model.path,
+        "sizes": list(service.interpreter.sizes),
+        "defaults": settings.defaults.model_dump(),
+        "limits": settings.limits.model_dump(),
+    }
+
+
+def encoder_entry(service: Service, name: str, encoder: Encoder) -> dict[str, Any]:
+    library = service.library
+    version = library.versions.get(name)
+    return {
+        "id": name,
+        "object": "encoder",
+        "source": library.sources[name],
+        "name": encoder.name,
+        "version": encoder.version,
+        "aliases": list(version.aliases) if version else [],
+        "uri": encoder.uri,
+        "sha256": encoder.sha256,
+        "run_id": encoder.run_id,
+        "window": {"from": encoder.window[0], "to": encoder.window[1]},
+        "rewards": encoder.description.get("rewards", {}),
+        "scores": version.scores if version else {},
+        "problem": library.problems.get(name),
+    }

@@ -1,0 +1,137 @@
+"""A picture in a request -> where its denoising begins: image-to-image, and inpainting under a mask.
+
+The picture's latents are noised to the level of the first step taken, and `strength` is the share of the steps that
+are: SDEdit (Meng et al. 2022). Under a mask, what is to stay is put back at its level after every step, so that only
+the rest is drawn anew, around it (Lugmayr et al. 2022, without resampling). Both as diffusers' pipelines do it.
+"""
+
+import base64
+import binascii
+import hashlib
+import io
+import struct
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from craftor.diffuser import Diffuser
+from craftor.solver import Step, add_noise
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")
+"""Pillow's names of what has at most eight bits a channel; others would be cut to that without a word."""
+BROKEN = (
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    OSError,
+    SyntaxError,
+    ValueError,
+    LookupError,
+    EOFError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+)
+"""What Pillow raises for files that are not as their format demands."""
+
+
+@dataclass(frozen=True, eq=False)
+class Upload:
+    """A picture to begin from."""
+
+    image: Float[Tensor, "3 H W"]
+    mask: Float[Tensor, "1 H W"] | None
+    """1 where to draw anew, 0 where to keep the picture."""
+    strength: float
+    """In (0, 1]: how much of the way from noise is taken."""
+    sha256: str
+    """Of the uploaded picture's file."""
+    mask_sha256: str | None = None
+
+    def first_step(self, num_steps: int) -> int:
+        """The first of `num_steps` denoising steps that is taken; diffusers' rule, and at least one."""
+        return num_steps - max(1, min(int(num_steps * self.strength), num_steps))
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What a row needs of its upload while it is on its way."""
+
+    latents: Float[Tensor, "c h w"]
+    noise: Float[Tensor, "c h w"]
+    mask: Float[Tensor, "1 h w"] | None
+
+    def at(self, step: Step | None) -> Float[Tensor, "c h w"]:
+        """The picture at the noise level of a step, or clean after the last."""
+        return self.latents if step is None else add_noise(step, self.latents, self.noise)
+
+    def begin(self, step: Step, strength: float) -> Float[Tensor, "c h w"]:
+        """Where denoising begins: under a mask the whole way is taken from noise alone, to leave no trace there."""
+        return self.noise if self.mask is not None and strength == 1 else self.at(step)
+
+    def put_back(self, drawn: Float[Tensor, "c h w"], following: Step | None) -> Float[Tensor, "c h w"]:
+        """The latents after a step, with what is to be kept of the picture in its place."""
+        return drawn if self.mask is None else self.mask * drawn + (1 - self.mask) * self.at(following)
+
+
+@torch.inference_mode()
+def encode(base: Diffuser, upload: Upload, noise: Float[Tensor, "c h w"]) -> Kept:
+    """An upload's latents: the mean of what the autoencoder makes of it, so that nothing is drawn at random."""
+    found = base.vae.encode(2 * upload.image[None].to(base.device) - 1)
+    latents = (
+        found.latents if hasattr(found, "latents") else found.latent_dist.mode()
+    ) * base.vae.config.scaling_factor
+    mask = upload.mask
+    if mask is not None:
+        mask = torch.nn.functional.interpolate(mask[None], size=noise.shape[-2:])[0].to(base.device)
+    return Kept(latents[0], noise, mask)
+
+
+def read(image: str, mask: str | None, strength: float, size: tuple[int, int]) -> Upload:
+    """Base64 files (with or without `data:` in front) of just this height and width. Raises BadPicture."""
+    file = _bytes(image, "image")
+    picture = _pixels(file, "image", "RGB", size)
+    digest = hashlib.sha256(file).hexdigest()
+    if mask is None:
+        return Upload(picture, None, strength, digest)
+    hole = _bytes(mask, "mask")
+    where = (_pixels(hole, "mask", "L", size) > 0.5).float()
+    return Upload(picture, where, strength, digest, hashlib.sha256(hole).hexdigest())
+
+
+class BadPicture(ValueError):
+    """An upload that is no picture, or not one that can be begun from here."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(f"{param}: {message}")
+        self.param = param
+
+
+def _bytes(text: str, param: str) -> bytes:
+    try:
+        return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
+    except (binascii.Error, ValueError):
+        raise BadPicture(param, "not base64") from None
+
+
+def _pixels(data: bytes, param: str, mode: str, size: tuple[int, int]) -> Float[Tensor, "c H W"]:
+    height, width = size
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+            # Both are known before any pixel is unpacked.
+            if opened.size != (width, height):
+                found = "x".join(map(str, opened.size))
+                raise BadPicture(param, f"{found} pixels, allowed: {width}x{height}, the size asked for")
+            if opened.mode not in MODES:
+                raise BadPicture(param, f"pixels of kind {opened.mode}, allowed: at most 8 bits a channel")
+            pixels = np.asarray(opened.convert(mode), dtype=np.float32) / 255
+    except BadPicture:
+        raise
+    except BROKEN as error:
+        raise BadPicture(param, f"not a PNG, JPEG or WebP file ({type(error).__name__})") from None
+    return torch.from_numpy(pixels).reshape(height, width, -1).movedim(-1, 0).contiguous()

@@ -1,0 +1,86 @@
+"""Pictures in requests: whatever is wrong with a file is said in words, and no file makes anything else happen."""
+
+import base64
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from craftor.serving.upload import FORMATS, BadPicture, read
+
+SIZE = (32, 48)
+"""Height, width."""
+PIXELS = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
+
+
+def packed(image: Image.Image, kind: str = "PNG") -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind)
+    return out.getvalue()
+
+
+def text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("prefix", ["", "data:image/whatever;base64,"])
+def test_pictures_come_in_three_formats(kind: str, prefix: str) -> None:
+    found = read(prefix + text(packed(Image.fromarray(PIXELS), kind)), None, 0.5, SIZE)
+    assert found.image.shape == (3, *SIZE) and found.mask is None
+    if kind == "PNG":
+        assert (found.image.movedim(0, -1).numpy() * 255).round().astype(np.uint8).tobytes() == PIXELS.tobytes()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA"])
+def test_masks_are_white_where_to_draw(mode: str) -> None:
+    shown = np.zeros(SIZE, dtype=np.uint8)
+    shown[:, 24:] = 255
+    mask = text(packed(Image.fromarray(shown).convert(mode)))
+    found = read(text(packed(Image.fromarray(PIXELS))), mask, 0.5, SIZE)
+    assert found.mask is not None and found.mask.shape == (1, *SIZE)
+    assert found.mask[..., 24:].eq(1).all() and found.mask[..., :24].eq(0).all()
+    assert found.sha256 != found.mask_sha256
+
+
+GOOD = packed(Image.fromarray(PIXELS))
+
+
+@pytest.mark.parametrize(
+    ("sent", "message"),
+    [
+        ("?", "not base64"),
+        ("data:image/png;base64", r"not a PNG, JPEG or WebP file \(UnidentifiedImageError\)"),
+        ("p\u00efcture", "not base64"),
+        ("", "not a PNG"),
+        (text(b"hello"), "not a PNG"),
+        (text(GOOD[: len(GOOD) // 2]), r"not a PNG, JPEG or WebP file"),
+        (text(packed(Image.fromarray(PIXELS), "GIF")), "not a PNG"),
+        (text(packed(Image.fromarray(PIXELS), "TIFF")), "not a PNG"),
+        (text(packed(Image.new("RGB", (32, 48)))), "32x48 pixels, allowed: 48x32, the size asked for"),
+        (text(packed(Image.new("RGB", (20_000, 20_000)))), "20000x20000 pixels|DecompressionBomb"),
+        (text(packed(Image.fromarray(np.zeros(SIZE, dtype=np.uint16)))), "pixels of kind I;16, allowed: at most 8"),
+    ],
+)
+@pytest.mark.parametrize("param", ["image", "mask"])
+def test_bad_pictures_are_named(sent: str, message: str, param: str) -> None:
+    pair = (sent, None) if param == "image" else (text(GOOD), sent)
+    with pytest.raises(BadPicture, match=f"{param}: .*({message})") as refused:
+        read(*pair, 0.5, SIZE)
+    assert refused.value.param == param
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_damaged_files_are_read_or_refused(kind: str) -> None:
+    good, drawn = packed(Image.fromarray(PIXELS), kind), np.random.default_rng(1)
+    refused = 0
+    for _ in range(300):
+        bad = np.frombuffer(good, dtype=np.uint8).copy()
+        bad[drawn.integers(0, len(bad), 1 + drawn.integers(8))] = drawn.integers(256)
+        bad = bad[: drawn.integers(1, len(bad) + 1)] if drawn.uniform() < 0.3 else bad
+        try:
+            read(text(bad.tobytes()), None, 0.5, SIZE)
+        except BadPicture:
+            refused += 1
+    assert refused > 30
