@@ -39,9 +39,10 @@ class PromptBaselines:
         if self.needs_start:
             return torch.zeros_like(totals)
         rows = [self._of(str(int(number))) for number in numbers]
-        means, squares = totals.new_tensor([row[1:] for row in rows]).unbind(1)
+        known = torch.tensor([row[1:] for row in rows], dtype=torch.float64, device=totals.device)
+        means, squares = known[:, :1], known[:, 1:]
         spread = (squares - means**2).clamp(min=0).sqrt().clamp(min=_SMALL)
-        return (totals - means[:, None]) / spread[:, None]
+        return ((totals - means) / spread).to(totals.dtype)
 
     def observe(self, totals: Float[Tensor, "b k"], numbers: Float[Tensor, " b"]) -> None:
         for number, scores in zip(numbers.tolist(), totals.double().tolist(), strict=True):

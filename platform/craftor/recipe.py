@@ -191,6 +191,11 @@ class Recipe(Section):
         return self
 
     @property
+    def images_per_step(self) -> int:
+        """Images that are made and scored for one optimiser step."""
+        return self.run.batch_size * (self.task.samples_per_prompt if isinstance(self.task, PolicyGradient) else 1)
+
+    @property
     def num_processes(self) -> int:
         """Training workers, and the actors that compute prefixes or rewards: what a local cluster needs CPUs for."""
         staged = isinstance(self.task, RewardTuning) and self.task.prefix.mode == "stage"
