@@ -70,6 +70,11 @@ def gradients(task: PolicyGradientTask) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in task.module.named_parameters() if p.grad is not None}
 
 
+def largest(found: dict[str, torch.Tensor]) -> float:
+    """What rounding is measured against: some weights, such as the biases of keys, have no gradient but rounding."""
+    return max(float(gradient.abs().max()) for gradient in found.values())
+
+
 @pytest.fixture
 def latents() -> Callable[[int], torch.Tensor]:
     return lambda seed: torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -142,11 +147,11 @@ def test_advantages_compare_a_sample_with_others_of_its_prompt() -> None:
     "overrides",
     [
         {},
-        {"window": {"start": 1, "stop": 2}, "eta": 0.5},
+        {"window": {"start": 1, "stop": 2}, "eta": 0.5, "same_noise": True},
         {"train": {"unet": {}}, "kl_weight": 0.3},
         {"train": {"unet": {"method": "lora"}, "text_encoder": {"method": "lora"}}},
     ],
-    ids=["text encoder", "one step, original outside", "unet, kl", "lora of both"],
+    ids=["text encoder", "one step, one noise, original outside", "unet, kl", "lora of both"],
 )
 def test_gradient_is_the_score_functions(tiny_recipe: Path, overrides: dict) -> None:
     """Against one autograd graph over torch's own Gaussians: -mean(A * sum log p) + weight * KL, and nothing else."""
@@ -175,7 +180,7 @@ def test_gradient_is_the_score_functions(tiny_recipe: Path, overrides: dict) -> 
     loss, shape = torch.zeros(()), task.diffuser.latent_shape
     images = []
     for k in range(MANY):
-        latents = seeds.normal(7, range(3), f"noise of sample {k}", shape)
+        latents = seeds.normal(7, range(3), f"noise of sample {0 if task.policy.same_noise else k}", shape)
         for index, step in enumerate(task.guided.schedule):
             if index not in task.noisy:
                 with torch.no_grad():
@@ -196,11 +201,10 @@ def test_gradient_is_the_score_functions(tiny_recipe: Path, overrides: dict) -> 
         images.append(decode(task.diffuser.vae, latents))
     torch.testing.assert_close(torch.cat(images), task.images, rtol=1e-4, atol=1e-5)
     loss.backward()
-    for name, parameter in task.module.named_parameters():
-        if parameter.requires_grad:
-            torch.testing.assert_close(
-                found[name], parameter.grad, rtol=2e-3, atol=2e-4 * float(parameter.grad.abs().max()), msg=name
-            )
+    expected = gradients(task)
+    assert expected.keys() == found.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=2e-3, atol=1e-5 * largest(expected), msg=name)
 
 
 def test_micro_batches_and_workers_change_nothing(tiny_recipe: Path) -> None:
@@ -212,7 +216,7 @@ def test_micro_batches_and_workers_change_nothing(tiny_recipe: Path) -> None:
     for name, values in whole.items():
         torch.testing.assert_close(torch.cat([part[name] for part in parts]), values, rtol=1e-3, atol=1e-4, msg=name)
     for name, gradient in gradients(task).items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-2, atol=1e-3 * float(expected[name].abs().max()))
+        torch.testing.assert_close(gradient, expected[name], rtol=2e-3, atol=1e-5 * largest(expected), msg=name)
     figures = task.observe(whole)
     assert {"red", "total", "kl", "clipped", "prompt_diversity"} <= figures.keys() and figures["prompt_diversity"] > 0
     assert figures["red"] == pytest.approx(whole["red"].mean().item())

@@ -173,6 +173,9 @@ class PolicyGradient(RewardTuning):
     """Noise of each step, as a share of what makes sampling the reverse of the forward process."""
     samples_per_prompt: int = Field(4, ge=1)
     """`run.batch_size` counts prompts; rewards see so many times more images."""
+    same_noise: bool = False
+    """Start a prompt's samples from one noise: they then differ by the window's steps alone, which leaves less to
+    average, and what comes before the window is computed once (DanceGRPO, Xue et al. 2025)."""
     advantage: Literal["group", "prompt"] = "group"
     """A score less the mean, over the deviation: of the prompt's samples in this batch (GRPO), or of all its samples in
     the batches before (DDPO)."""

@@ -67,7 +67,7 @@ class ByLanguageModel:
         except OSError as error:
             raise ExtenderError(
                 f"extender = {model!r}: not a language model's folder, nor in the local hub cache in safetensors "
-                f"({error}); fetch it with: hf download {model}"
+                f"({str(error).splitlines()[0]}); fetch it with: hf download {model}"
             ) from None
         self.model.eval().requires_grad_(False)
         self.max_new_tokens, self.seed = max_new_tokens, seed

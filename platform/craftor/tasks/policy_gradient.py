@@ -16,7 +16,7 @@ from torch import Tensor
 from craftor import objective, seeds
 from craftor.advantages import PromptBaselines, group_relative
 from craftor.decode import decode
-from craftor.denoise import Guided, Prompt
+from craftor.denoise import Guided, Prompt, State, sample
 from craftor.image_statistics import PROMPT, measure
 from craftor.recipe import PolicyGradient, Recipe
 from craftor.rollout import draw
@@ -78,13 +78,11 @@ class PolicyGradientTask(RewardTuningTask):
         number = rows.position[0] // self.batch_size
         self._refresh(number)
         many = self.policy.samples_per_prompt
-        again = torch.arange(len(rows.position)).repeat(many)
         prompts = [str(prompt) for prompt in rows.columns["prompt"]] * many
         original, tuned = self._embed(rows)
         anchor = self.settings.anchor * (tuned.condition.embeds - original.condition.embeds).square().mean()
-        original, tuned = (Prompt(prompt.condition[again], prompt.null) for prompt in (original, tuned))
-
-        actions, final = self._roll_out(rows, original, self._acting_prompt(rows, tuned, again))
+        actions, final = self._roll_out(rows, original, self._acting_prompt(rows, tuned))
+        original, tuned = self._each(original), self._each(tuned)
         with torch.no_grad():
             self.images = decode(self.diffuser.vae, final)
         waiting = self.scoring.begin(self.images, prompts, number)
@@ -107,12 +105,11 @@ class PolicyGradientTask(RewardTuningTask):
         self.phase = phase
 
     @torch.no_grad()
-    def _acting_prompt(self, rows: Rows, tuned: Prompt, again: Tensor) -> Prompt:
-        """What the sampling policy's encoders make of the prompts, each as often as it is sampled."""
+    def _acting_prompt(self, rows: Rows, tuned: Prompt) -> Prompt:
+        """What the sampling policy's encoders make of the prompts."""
         if self.actor is self.module:
             return Prompt(tuned.condition.detach(), tuned.null.detach())
-        condition, null = self._encode(self.acting_encoders, rows)
-        return Prompt(condition[again], null)
+        return self._encode(self.acting_encoders, rows)
 
     @torch.no_grad()
     def _roll_out(self, rows: Rows, original: Prompt, acting: Prompt) -> tuple[list[Action], Tensor]:
@@ -120,7 +117,12 @@ class PolicyGradientTask(RewardTuningTask):
         outside = acting if self.outside_is_tuned else original
         inside = Prompt(acting.condition, original.null if self.settings.window.null == "original" else acting.null)
         latents, actions = self._normal(rows, "noise"), []
-        for index, step in enumerate(self.acting.schedule):
+        fork = min(self.noisy) if self.policy.same_noise else 0
+        if self.policy.same_noise:
+            latents = sample(self.acting, State(latents[: len(rows.position)]), outside, range(fork)).latents
+            latents = latents.repeat(self.policy.samples_per_prompt, 1, 1, 1)
+        inside, outside = self._each(inside), self._each(outside)
+        for index, step in list(enumerate(self.acting.schedule))[fork:]:
             prompt = inside if index in self.noisy else outside
             output = self.acting.output(latents, prompt, step.timestep)
             if index not in self.noisy:
@@ -130,6 +132,11 @@ class PolicyGradientTask(RewardTuningTask):
             actions.append(Action(index, latents, mean, noise))
             latents = mean + self.noisy[index].deviation * noise
         return actions, latents
+
+    def _each(self, prompt: Prompt) -> Prompt:
+        """Each prompt as often as it is sampled."""
+        again = torch.arange(len(prompt.condition)).repeat(self.policy.samples_per_prompt)
+        return Prompt(prompt.condition[again], prompt.null)
 
     def _normal(self, rows: Rows, purpose: str) -> Tensor:
         """Noise that each sample of each prompt has for itself."""
