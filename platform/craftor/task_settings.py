@@ -186,7 +186,7 @@ class PolicyGradient(RewardTuning):
     advantage_clip: float = Field(5.0, gt=0)
     updates_per_rollout: int = Field(1, ge=1)
     """Optimiser steps for which the policy that samples stays as it is; importance ratios make up for the difference.
-    Each step still has a batch of its own. A run that is stopped in between goes on sampling from what it has learnt."""
+    Each step has a batch of its own. A run that is stopped in between goes on sampling from what it has learnt."""
     clip_range: float = Field(0.2, gt=0)
     """How far from 1 a ratio of densities still counts; it is 1 with one update per rollout."""
     kl_weight: float = Field(0.0, ge=0)
