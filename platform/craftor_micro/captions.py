@@ -156,7 +156,8 @@ def read_claims(prompt: str) -> Description:
     meant = {synonym: word for word, synonyms in _SYNONYMS.items() for synonym in synonyms}
     words = [meant.get(word, word) for word in words]
     objects: list[ObjectClaim] = []
-    size = colour = None
+    size: str | None = None
+    colour: str | None = None
     for word in words:
         size, colour = (word if word in SIZES else size), (word if word in COLOURS else colour)
         if word in SHAPES:
@@ -167,7 +168,8 @@ def read_claims(prompt: str) -> Description:
     text = " ".join(words)
     places = {relation: f" {relation} " for relation in RELATIONS} if len(objects) == 2 else POSITION_PHRASES
     layout = next((name for name, phrase in places.items() if phrase in text), None)
-    background, texture = (next((w for w in words if w in table), None) for table in (BACKGROUNDS, TEXTURES))
+    background = next((word for word in words if word in BACKGROUNDS), None)
+    texture = next((word for word in words if word in TEXTURES), None)
     return Description(tuple(objects), layout, background, texture)
 
 
