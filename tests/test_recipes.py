@@ -18,13 +18,15 @@ PROMPTS = ["a small red star", "a large blue ring"]
 
 
 def stand_in(path: Path, tiny: Path) -> Recipe:
-    """The recipe with tiny weights of the same families; schedule, window, parts and optimiser stay."""
+    """The recipe with tiny weights of the same families; window, parts and optimiser stay."""
     data = load_recipe(path).model_dump(by_alias=True)
     data["model"]["path"] = str(tiny / ("sdxl" if "xl" in data["model"]["path"] else "pipeline"))
     data["model"]["text_encoder"] = data["model"]["text_encoder"] and str(tiny / "pipeline")
     for reward in data["task"]["rewards"].values():
         kind = reward["kind"] if reward["kind"] in ("clip_score", "pick_score") else "pick_score"
         reward |= {"kind": kind, "weights": str(tiny / ("clip" if kind == "clip_score" else "pick"))}
+    if data["task"]["kind"] == "policy_gradient":  # every step of which carries gradient
+        data["task"]["rollout"]["num_steps"] = 4
     return Recipe.model_validate(data)
 
 

@@ -45,7 +45,7 @@ class Chief:
         for message in slow:
             note(self.saver.run_dir, message)
         now = time.perf_counter()
-        record = {**figures, "images_per_second": self.recipe.run.batch_size / (now - self.started)}
+        record = {**figures, "images_per_second": self.recipe.images_per_step / (now - self.started)}
         self.log.write(record)
         self.started = now
         self.saver.push()

@@ -171,6 +171,8 @@ def evaluate(
     folder = out or runs[0] / "evaluation"
     summary = evaluate_runs(runs, folder, workers)
     Console().print(table(summary["metrics"]))
+    for name, metrics in summary.get("methods", {}).items():
+        Console().print(f"{name}, against the base", table(metrics))
     print(folder / "summary.json")
     if len(runs) == 1:
         record(runs[0], summary["metrics"])

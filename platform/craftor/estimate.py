@@ -19,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from craftor.devices import Device
 from craftor.locate import locate
 from craftor.plan import plan
-from craftor.recipe import Recipe, RecipeError, RewardTuning
+from craftor.recipe import PolicyGradient, Recipe, RecipeError, RewardTuning
 from craftor.replay import kept_steps
 from craftor_rewards import build
 
@@ -73,7 +73,7 @@ class Prediction:
 
 def count(recipe: Recipe) -> Work:
     """The work of a recipe's step. Raises RecipeError for tasks other than reward tuning."""
-    if not isinstance(recipe.task, RewardTuning):
+    if not isinstance(recipe.task, RewardTuning) or isinstance(recipe.task, PolicyGradient):
         raise RecipeError(f"plan counts reward tuning; this recipe's task is {recipe.task.kind}")
     parts = pipeline_parts(recipe)
     forward, graph, replayed = calls(recipe)
@@ -185,7 +185,7 @@ def reward_parts(recipe: Recipe, side: int) -> list[Part]:
     parts = []
     for settings in recipe.task.rewards.values():
         if settings.in_training and settings.placement == "inline":
-            reward = build(settings.kind, locate(settings.weights))
+            reward = build(settings.kind, locate(settings.weights), **settings.options)
             image = torch.rand(1, 3, side, side, requires_grad=True)
             module = reward.requires_grad_(False) if isinstance(reward, nn.Module) else nn.Identity()
             parts.append(measure(module, partial(reward, image, ["a picture"])))

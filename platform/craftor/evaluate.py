@@ -6,7 +6,7 @@ noise of an image follows from (prompt number, seed) alone, so any number of act
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from craftor import objective, seeds, trainable
+from craftor.baselines import methods
+from craftor.baselines.sampling import Base
+from craftor.baselines.settings import MethodSettings
 from craftor.decode import decode
 from craftor.denoise import Prompt, State
 from craftor.diffuser import load
@@ -28,7 +31,7 @@ from craftor.mixture import Member, sample_mixture
 from craftor.recipe import Evaluation, Recipe, Tuning
 from craftor.statistics import paired
 from craftor_micro.captions import Description
-from craftor_micro.referee import Referee
+from craftor_micro.referee import ATTRIBUTES, Referee
 from craftor_rewards import ClipScore
 from craftor_rewards import build as build_reward
 
@@ -82,7 +85,7 @@ def evaluate(recipe: Recipe, tuned: Sequence[Tuned], out: Path, num_actors: int)
     images.sort(key=lambda image: (image["number"], image["seed"], image["variant"]))
     with (out / "images.jsonl").open("w") as file:
         file.writelines(json.dumps(image) + "\n" for image in images)
-    summary = summarise(images, recipe.task)
+    summary = summarise(images, recipe.task, recipe.evaluation.methods)
     (out / "summary.json").write_text(json.dumps(summary, indent=2))
     (out / "samples.json").write_text(json.dumps(_samples(images), indent=2))
     return summary
@@ -98,7 +101,7 @@ class Scorer:
         task = self.recipe.task
         self.diffuser = load(self.recipe.model.model_copy(update={"precision": "fp32"}))
         self.guided = self.diffuser.guided(task.rollout)
-        self.rewards = {name: build_reward(r.kind, locate(r.weights)) for name, r in task.rewards.items()}
+        self.rewards = {name: build_reward(r.kind, locate(r.weights), **r.options) for name, r in task.rewards.items()}
         self.clip = next(reward for reward in self.rewards.values() if isinstance(reward, ClipScore))
         self.weights = {name: r.weight for name, r in task.rewards.items() if not r.evaluation_only}
         self.tuned = [Tuned(t["folder"], t["weight"], tuple(t["steps"])) for t in tuned]
@@ -107,6 +110,8 @@ class Scorer:
         self.unets = [found["unet"] for found in parts if "unet" in found]
         self.tuned_guided = self.diffuser.guided(task.rollout, self.unets[0]) if self.unets else self.guided
         self.referee = Referee.load(locate("micro:referee"))
+        base = Base(self.diffuser, task.rollout, self.recipe.seed)
+        self.methods = methods.build(self.recipe.evaluation.methods, base, self.rewards)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         assert self.recipe.evaluation is not None
@@ -147,7 +152,7 @@ class Scorer:
             guided = self.tuned_guided if scale else self.guided
             final = sample_mixture(guided, common, base, members, range(fork, guided.num_steps))
             images[variant] = decode(self.diffuser.vae, final.latents)
-        return images
+        return {**images, **{name: method(prompts, numbers, seed) for name, method in self.methods.items()}}
 
     def _prompt(self, encoders: dict[str, nn.Module], prompts: list[str]) -> Prompt:
         return Prompt(embed(encoders, self.diffuser.tokenize(prompts)), self.diffuser.null(encoders))
@@ -161,18 +166,26 @@ class Scorer:
         return scores
 
 
-def summarise(images: list[dict[str, Any]], task: Tuning) -> dict[str, Any]:
-    """Paired statistics over prompts and seeds, diversity within prompts, and the interpolation curve."""
+def summarise(
+    images: list[dict[str, Any]], task: Tuning, others: Mapping[str, MethodSettings] | None = None
+) -> dict[str, Any]:
+    """Paired statistics over prompts and seeds, diversity within prompts, and the interpolation curve.
+
+    Other methods are compared with the base as the tuned model is, under `methods`.
+    """
     trained = {name for name, reward in task.rewards.items() if not reward.evaluation_only} | {"total"}
+    trained |= {*ATTRIBUTES, "accuracy"} if task.oracle_trains else set()
     bookkeeping = ("number", "prompt", "seed", "variant", "feature", "png", "image")
     names = [key for key in images[0] if key not in bookkeeping]
-    metrics = {}
-    for name in names:
-        base, tuned = (_grid(images, variant, name) for variant in ("base", "tuned"))
-        if np.isnan(base).all():
-            continue  # an attribute that none of these prompts mentions
-        metrics[name] = {**paired(base, tuned), "held_out": name not in trained}
-    metrics["diversity"] = {**paired(_diversity(images, "base"), _diversity(images, "tuned")), "held_out": True}
+    against_base: dict[str, dict[str, Any]] = {}
+    for variant, known in {"tuned": trained, **methods.known_to(others or {})}.items():
+        metrics = against_base[variant] = {}
+        for name in names:
+            base, found = (_grid(images, which, name) for which in ("base", variant))
+            if np.isnan(base).all():
+                continue  # an attribute that none of these prompts mentions
+            metrics[name] = {**paired(base, found), "held_out": name not in known}
+        metrics["diversity"] = {**paired(_diversity(images, "base"), _diversity(images, variant)), "held_out": True}
     strips = [i for i in images if i["seed"] == 0 and i["number"] < NUM_STRIPS]
     curve = []
     for weight in STRIP_WEIGHTS:
@@ -180,7 +193,8 @@ def summarise(images: list[dict[str, Any]], task: Tuning) -> dict[str, Any]:
         at = [image for image in strips if image["variant"] == variant]
         means = {name: float(np.nanmean([_number(image[name]) for image in at])) for name in names}
         curve.append({"weight": weight, "reward": means["total"], **means})
-    return {"metrics": metrics, "interpolation": curve}
+    tuned = against_base.pop("tuned")
+    return {"metrics": tuned, "interpolation": curve, **({"methods": against_base} if against_base else {})}
 
 
 def _grid(images: list[dict[str, Any]], variant: str, name: str) -> np.ndarray:

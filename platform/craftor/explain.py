@@ -4,11 +4,13 @@ from typing import Any
 
 from pydantic import BaseModel
 
+KINDS = ("reward_tuning", "policy_gradient", "direct_tuning", "denoising", "prompt_engineering", "best_of")
+"""Discriminators of unions show up in locations; a reader of the file never wrote them there."""
+
 
 def explain(error: Any, schema: type[BaseModel]) -> str:
     """Dotted key, what is wrong, the value given; for an unknown key, the keys allowed there."""
-    # The discriminator of a union shows up in the location; a reader of the file never wrote it.
-    location = [str(part) for part in error["loc"] if part not in ("reward_tuning", "denoising")]
+    location = [str(part) for part in error["loc"] if part not in KINDS]
     key = ".".join(location) or "recipe"
     if error["type"] == "extra_forbidden":
         allowed = ", ".join(_allowed_keys(location[:-1], schema))

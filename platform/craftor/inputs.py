@@ -42,7 +42,8 @@ def prepared_earlier(recipe: Recipe, run_dir: Path, digest: str) -> Prepared:
 def fill_prefix_cache(recipe: Recipe, source: Path, url: str, num_actors: int) -> int:
     """Compute the prefixes of a recipe's samples into `url`; returns how many samples it holds then."""
     preflight.check(recipe, source)
-    if not isinstance(recipe.task, RewardTuning) or recipe.task.train.unet or recipe.task.window.outside == "tuned":
+    task = recipe.task
+    if task.kind != "reward_tuning" or task.train.unet or task.window.outside == "tuned":
         raise RecipeError(
             f"{source}: what comes before its window changes while it trains: it cannot be computed apart"
         )

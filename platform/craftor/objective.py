@@ -17,6 +17,14 @@ def loss(score: Float[Tensor, " b"], weight: float) -> Float[Tensor, ""]:
     return -weight * score.mean()
 
 
+def policy_loss(ratio: Float[Tensor, " b"], advantage: Float[Tensor, " b"], clip_range: float) -> Float[Tensor, " b"]:
+    """Each sample's loss for one decision, `-min(r A, clip(r, 1 - c, 1 + c) A)` (PPO, Schulman et al. 2017).
+
+    ratio: density of the decision under the policy that learns, over that under the policy that took it.
+    """
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_range, 1 + clip_range) * advantage)
+
+
 def cotangent(weight: float, share: float, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, " b"]:
     """dL/d(score) of one reward, for `share` times the batch loss: `-share * weight / b` for each image."""
     score = images.new_zeros(len(images), dtype=torch.float32, requires_grad=True)

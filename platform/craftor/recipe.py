@@ -1,6 +1,7 @@
 """Recipes: one TOML file -> one frozen, fully validated `Recipe`. Imports no torch."""
 
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,16 +9,28 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from craftor.baselines.settings import BestOf, MethodSettings
 from craftor.explain import explain
 from craftor.guards import Guards
 from craftor.rollout import Rollout, Section, Window
 from craftor.searching.settings import MEASURED, Distribution, Search, Value, corners, expand, substitute
-from craftor.task_settings import Denoising, DirectTuning, Part, Prefix, Reward, RewardTuning, Train, Tuning
+from craftor.task_settings import (
+    Denoising,
+    DirectTuning,
+    Part,
+    PolicyGradient,
+    Prefix,
+    Reward,
+    RewardTuning,
+    Train,
+    Tuning,
+)
 
 __all__ = [
     "Denoising",
     "DirectTuning",
     "Part",
+    "PolicyGradient",
     "Prefix",
     "Reward",
     "RewardTuning",
@@ -132,6 +145,16 @@ class Evaluation(Section):
     """First denoising step that sees the tuned encoder; by default the window's first."""
     weight: float = Field(1.0, ge=0, le=1)
     """Weight of the tuned embedding; the base has the rest."""
+    methods: dict[str, MethodSettings] = {}
+    """What else is compared with the base, by names of your own: longer prompts, the best of several images."""
+
+    @field_validator("methods")
+    @classmethod
+    def _method_names_are_free(cls, methods: dict[str, MethodSettings]) -> dict[str, MethodSettings]:
+        for name in methods:
+            if not re.fullmatch(r"[a-z][a-z_0-9]*", name) or name in ("base", "tuned"):
+                raise ValueError(f"a method is named {name!r}; allowed: letters, digits and _, but not base or tuned")
+        return methods
 
 
 class Recipe(Section):
@@ -139,7 +162,7 @@ class Recipe(Section):
     seed: int = Field(0, ge=0)
     model: Model
     data: Data
-    task: Annotated[RewardTuning | DirectTuning | Denoising, Field(discriminator="kind")]
+    task: Annotated[RewardTuning | PolicyGradient | DirectTuning | Denoising, Field(discriminator="kind")]
     optimizer: Optimizer
     run: Run
     workers: Workers = Workers()
@@ -168,6 +191,11 @@ class Recipe(Section):
         return self
 
     @property
+    def images_per_step(self) -> int:
+        """Images that are made and scored for one optimiser step."""
+        return self.run.batch_size * (self.task.samples_per_prompt if isinstance(self.task, PolicyGradient) else 1)
+
+    @property
     def num_processes(self) -> int:
         """Training workers, and the actors that compute prefixes or rewards: what a local cluster needs CPUs for."""
         staged = isinstance(self.task, RewardTuning) and self.task.prefix.mode == "stage"
@@ -175,6 +203,36 @@ class Recipe(Section):
         rewards = self.task.rewards.values() if isinstance(self.task, Tuning) else ()
         placed = [r.replicas * r.num_cpus for r in rewards if r.placement == "actors" and r.in_training]
         return self.workers.processes + self.workers.most * prefixes + math.ceil(sum(placed))
+
+    @model_validator(mode="after")
+    def _rollouts_end_at_checkpoints(self) -> "Recipe":
+        """The policy that samples is not saved: a run goes on where it and the one that learns are the same."""
+        every = self.task.updates_per_rollout if isinstance(self.task, PolicyGradient) else 1
+        if self.run.checkpoint_every % every:
+            raise ValueError(
+                f"run.checkpoint_every = {self.run.checkpoint_every} is not a multiple of task.updates_per_rollout = "
+                f"{every}; allowed: {every}, {2 * every}, ..."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _methods_choose_by_rewards(self) -> "Recipe":
+        methods = self.evaluation.methods if self.evaluation else {}
+        known = tuple(self.task.rewards) if isinstance(self.task, Tuning) else ()
+        for name, method in methods.items():
+            if isinstance(method, BestOf) and method.by not in known:
+                raise ValueError(f"evaluation.methods.{name}.by = {method.by!r}; allowed: {', '.join(known)}")
+        return self
+
+    @model_validator(mode="after")
+    def _diversity_is_measured(self) -> "Recipe":
+        rewards = self.task.rewards.values() if isinstance(self.task, Tuning) else ()
+        if self.evaluation is not None and rewards and not any(reward.kind == "clip_score" for reward in rewards):
+            raise ValueError(
+                "evaluation: the diversity of images is measured by a clip_score, and task.rewards has none; add one, "
+                "with evaluation_only = true if it is not to train"
+            )
+        return self
 
     @model_validator(mode="after")
     def _guards_watch_what_there_is(self) -> "Recipe":
@@ -194,7 +252,7 @@ class Recipe(Section):
         """Every key of the search's space at its ends makes a valid recipe, and every metric is one."""
         if self.search is None:
             return self
-        if not isinstance(self.task, RewardTuning):
+        if self.task.kind != "reward_tuning":
             raise ValueError(f'search: task.kind = "{self.task.kind}"; allowed: reward_tuning')
         if not self.workers.num:
             raise ValueError("search: workers.num = 0, but trials run beside each other; allowed: 1 or more")

@@ -38,12 +38,14 @@ class RewardFailed(RuntimeError):
 class RewardActor:
     """One replica of a reward, with its weights."""
 
-    def __init__(self, kind: str, weights: str, num_cpus: float, num_gpus: float) -> None:
+    def __init__(
+        self, kind: str, weights: str, num_cpus: float, num_gpus: float, options: Mapping[str, Any] | None = None
+    ) -> None:
         self.device = torch.device("cuda" if num_gpus else "cpu")
         torch.set_num_threads(max(1, int(num_cpus)))
         # Resizing has no deterministic backward on CUDA.
         torch.use_deterministic_algorithms(self.device.type == "cpu")
-        self.reward = build(kind, locate(weights))
+        self.reward = build(kind, locate(weights), **(options or {}))
         if isinstance(self.reward, nn.Module):
             self.reward.to(self.device)
 
@@ -195,7 +197,7 @@ def _start(name: str, settings: RewardSettings, ray_name: str) -> Any:
         # On many nodes, and out of the resources that a search's trial has reserved.
         scheduling_strategy="SPREAD",
     )
-    return actor.remote(settings.kind, settings.weights, settings.num_cpus, settings.num_gpus)
+    return actor.remote(settings.kind, settings.weights, settings.num_cpus, settings.num_gpus, settings.options)
 
 
 def _await_start(name: str, settings: RewardSettings, replicas: list[Any]) -> None:

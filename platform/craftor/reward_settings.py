@@ -29,11 +29,18 @@ RUNTIME_ENV = (
 """The keys of Ray's `runtime_env` that are data."""
 
 
+ORACLES = {"referee_accuracy": "craftor_micro.oracle:RefereeAccuracy"}
+"""Kinds that judge by the truth of the micro world, which no user has: for runs that show what a perfect reward would
+give. They go by the class's own name everywhere else."""
+
+
 class Reward(Section):
     kind: str
-    """A key of `craftor_rewards.REWARDS`."""
+    """A key of `craftor_rewards.REWARDS` or of `ORACLES`, or `module:attr`."""
     weights: str
     """Folder or hub id of the reward's weights; `micro:NAME` is shipped."""
+    options: dict[str, Any] = {}
+    """What the kind's class takes beside its weights, such as `timeout`, `num_retries` and `token_env` of `http`."""
     weight: float = Field(0.0, ge=0)
     """Factor of the scaled score in the objective."""
     scale: float = Field(1.0, gt=0)
@@ -63,6 +70,15 @@ class Reward(Section):
     def in_training(self) -> bool:
         """Whether it scores training images, to train or to watch."""
         return not self.evaluation_only or self.every is not None
+
+    @field_validator("kind")
+    @classmethod
+    def _resolve_oracle(cls, kind: str) -> str:
+        return ORACLES.get(kind, kind)
+
+    @property
+    def is_oracle(self) -> bool:
+        return self.kind in ORACLES.values()
 
     @field_validator("runtime_env")
     @classmethod

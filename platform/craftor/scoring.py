@@ -13,7 +13,7 @@ from craftor.composition import Composition
 from craftor.diffuser import assert_frozen
 from craftor.guards import Guards
 from craftor.locate import locate
-from craftor.task_settings import Tuning
+from craftor.task_settings import PolicyGradient, Tuning
 from craftor_rewards import Reward, build
 
 Scored = tuple[Float[Tensor, " b"], Float[Tensor, "b 3 H W"] | None]
@@ -65,13 +65,17 @@ class Scoring:
         used = {name: reward for name, reward in settings.rewards.items() if reward.in_training}
         here = {name: reward for name, reward in used.items() if reward.placement == "inline"}
         assert used.keys() <= here.keys() | elsewhere.keys(), "a reward is placed on actors that nobody has started"
-        built = {name: build(reward.kind, locate(reward.weights)) for name, reward in here.items()}
+        built = {name: build(reward.kind, locate(reward.weights), **reward.options) for name, reward in here.items()}
         self.watching = {name: reward.every for name, reward in used.items() if reward.every}
         self.rewards = {name: reward for name, reward in built.items() if name not in self.watching}
         self.weights = {name: reward.factor for name, reward in used.items() if name not in self.watching}
         for name in self.weights:
-            if not (built[name] if name in here else elsewhere[name]).differentiable:
-                raise ValueError(f"task.rewards.{name}: not differentiable, so it cannot be backpropagated")
+            differentiable = (built[name] if name in here else elsewhere[name]).differentiable
+            if not differentiable and not isinstance(settings, PolicyGradient):
+                raise ValueError(
+                    f"task.rewards.{name}: not differentiable, so it cannot be backpropagated; allowed: "
+                    'task.kind = "policy_gradient", which needs no gradient, or evaluation_only = true'
+                )
         for reward in built.values():
             if isinstance(reward, nn.Module):
                 reward.to(device)
@@ -104,6 +108,19 @@ class Scoring:
         if self.guards.sharpness_every and step % self.guards.sharpness_every == 0:
             metrics["sharpness"] = self.sharpness(images, prompts, metrics, gradients)
         return metrics, self.composition.combine(gradients)
+
+    def begin(
+        self, images: Float[Tensor, "b 3 H W"], prompts: list[str], step: int = 0
+    ) -> Callable[[], dict[str, Tensor]]:
+        """Ask every reward for scores alone; the result waits for them. Rewards elsewhere may compute meanwhile."""
+        due = [name for name, every in self.watching.items() if step % every == 0]
+        begun = {name: self.calls[name](images, prompts, None) for name in (*self.weights, *due)}
+
+        def wait() -> dict[str, Tensor]:
+            metrics = {name: answer()[0] for name, answer in begun.items()}
+            return {**metrics, "truncated": self.truncated(prompts).to(images.device)} if self.readers else metrics
+
+        return wait
 
     def total(self, scores: Mapping[str, Float[Tensor, " b"]]) -> Float[Tensor, " b"]:
         """The objective of each image, higher is better."""

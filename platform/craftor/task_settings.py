@@ -1,7 +1,7 @@
 """The `[task]` section of a recipe, by kind. Imports no torch."""
 
 from itertools import combinations
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -64,7 +64,10 @@ class Prefix(Section):
 
 
 class Tuning(Section):
-    """What the two ways of tuning by reward share."""
+    """What the ways of tuning by reward share."""
+
+    needs_clip: ClassVar[bool] = True
+    """Whether what follows a reward's gradient must also follow a CLIP's."""
 
     train: Train = Train(text_encoder=Part())
     rollout: Rollout = Rollout()
@@ -90,6 +93,11 @@ class Tuning(Section):
         """The denoising steps of a rollout that see the trained encoder."""
         return range(self.rollout.num_steps)
 
+    @property
+    def oracle_trains(self) -> bool:
+        """Whether the micro world's truth is what trains, and no longer what judges."""
+        return any(reward.is_oracle and not reward.evaluation_only for reward in self.rewards.values())
+
     @field_validator("rewards", mode="before")
     @classmethod
     def _expand_preset(cls, rewards: Any) -> Any:
@@ -108,7 +116,7 @@ class Tuning(Section):
         trained = {name: reward for name, reward in rewards.items() if not reward.evaluation_only}
         if not trained:
             raise ValueError("no reward has a weight; at least one, and a clip_score among them, is needed")
-        if not any(reward.kind == "clip_score" for reward in trained.values()):
+        if cls.needs_clip and not any(reward.kind == "clip_score" for reward in trained.values()):
             raise ValueError(
                 f"no clip_score among the trained rewards ({', '.join(trained)}): without the CLIP term training "
                 "collapses onto one preferred image; add one with weight > 0"
@@ -147,6 +155,64 @@ class RewardTuning(Tuning):
                 f'prefix.mode = "{self.prefix.mode}": with window.outside = "tuned" the prefix changes while the '
                 'encoder trains; allowed: worker, or outside = "original"'
             )
+        return self
+
+
+class PolicyGradient(RewardTuning):
+    """The same by reinforcement learning, for rewards of which only the scores are known (DDPO, Black et al. 2023).
+
+    Each prompt of a batch is sampled several times. The window's steps are drawn from Gaussians and learn; the steps
+    outside are DDIM's.
+    """
+
+    needs_clip: ClassVar[bool] = False
+    kind: Literal["policy_gradient"]  # type: ignore[assignment]  # the tag of the union of tasks
+    window: Window = Window(first=1, of=1, outside="tuned")
+    """All steps; of a window's keys, those whose steps are the same for every sample."""
+    eta: float = Field(1.0, gt=0, le=1)
+    """Noise of each step, as a share of what makes sampling the reverse of the forward process."""
+    samples_per_prompt: int = Field(4, ge=1)
+    """`run.batch_size` counts prompts; rewards see so many times more images."""
+    same_noise: bool = False
+    """Start a prompt's samples from one noise: they then differ by the window's steps alone, which leaves less to
+    average, and what comes before the window is computed once (DanceGRPO, Xue et al. 2025)."""
+    advantage: Literal["group", "prompt"] = "group"
+    """A score less the mean, over the deviation: of the prompt's samples in this batch (GRPO), or of all its samples in
+    the batches before (DDPO)."""
+    min_count: int = Field(16, ge=2)
+    """With "prompt": samples of a prompt after which its own statistics are used, and all prompts' no longer."""
+    memory: int = Field(32, ge=2)
+    """With "prompt": over how many of the last samples statistics run, roughly."""
+    advantage_clip: float = Field(5.0, gt=0)
+    updates_per_rollout: int = Field(1, ge=1)
+    """Optimiser steps for which the policy that samples stays as it is; importance ratios make up for the difference.
+    Each step has a batch of its own. A run that is stopped in between goes on sampling from what it has learnt."""
+    clip_range: float = Field(0.2, gt=0)
+    """How far from 1 a ratio of densities still counts; it is 1 with one update per rollout."""
+    kl_weight: float = Field(0.0, ge=0)
+    """Weight of the divergence from the untrained model, summed over a sample's steps (DPOK, Fan et al. 2023)."""
+
+    def metrics(self) -> tuple[str, ...]:
+        gradients = ("share", "cosine", "norm")
+        own = ("clipped", "kl") if self.kl_weight else ("clipped",)
+        return (*(name for name in super().metrics() if name.split("/")[0] not in gradients), *own)
+
+    @model_validator(mode="after")
+    def _policy_is_consistent(self) -> "PolicyGradient":
+        fixed = ("preset", "last", "first", "start", "stop", "steps", "of", "outside", "null")
+        given = [key for key, info in Window.model_fields.items() if getattr(self.window, key) != info.default]
+        if other := [key for key in given if key not in fixed]:
+            raise ValueError(f"window: {other[0]} is for gradients of rewards; allowed here: {', '.join(fixed)}")
+        if self.rollout.solver == "dpm_solver_2m":
+            raise ValueError('rollout.solver = "dpm_solver_2m" has no stochastic steps; allowed: ddim, euler')
+        if self.prefix.mode != "worker":
+            raise ValueError(f'prefix.mode = "{self.prefix.mode}" holds one sample a prompt; allowed: worker')
+        if self.composition.weights != "given" or self.composition.conflicts != "sum":
+            raise ValueError("composition: equal_shares and pcgrad need the rewards' gradients; allowed: normalise")
+        if self.advantage == "group" and self.samples_per_prompt < 2:
+            raise ValueError('advantage = "group" compares a prompt\'s samples; allowed: samples_per_prompt >= 2')
+        if taken := [name for name in self.rewards if name in ("clipped", "kl")]:
+            raise ValueError(f"a reward is named {taken[0]!r}, which is another metric's name; choose another")
         return self
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 
 from craftor_micro.world import BACKGROUNDS, COLOURS, POSITIONS, RELATIONS, SHAPES, SIZES, TEXTURES, Scenes
 
-_POSITION_PHRASES = {
+POSITION_PHRASES = {
     "center": "in the center",
     "left": "on the left",
     "right": "on the right",
@@ -130,7 +130,7 @@ def write(description: Description, rng: random.Random) -> str:
     else:
         subject = phrases[0]
         if description.layout is not None:
-            subject += f" {_POSITION_PHRASES[description.layout]}"
+            subject += f" {POSITION_PHRASES[description.layout]}"
     if description.background is None and description.texture is None:
         return prefix + subject
     noun = rng.choice(("background", "background", "background", "backdrop"))
@@ -143,6 +143,34 @@ def write(description: Description, rng: random.Random) -> str:
 def _noun_phrase(words: tuple[str | None, ...], rng: random.Random) -> str:
     said = [rng.choice(_SYNONYMS.get(w, (w,))) for w in words if w is not None]
     return f"{'an' if said[0][0] in 'aeiou' else 'a'} {' '.join(said)}"
+
+
+def read_claims(prompt: str) -> Description:
+    """What a prompt says, in any of its wordings: the inverse of `write`.
+
+    Raises ValueError for a word that the world lacks, and for prompts without a shape or with more than two.
+    """
+    words, known = prompt.lower().replace(",", " ").split(), set(vocabulary())
+    if unknown := [word for word in words if word not in known]:
+        raise ValueError(f"prompt {prompt!r}: the micro world has no word {unknown[0]!r}")
+    meant = {synonym: word for word, synonyms in _SYNONYMS.items() for synonym in synonyms}
+    words = [meant.get(word, word) for word in words]
+    objects: list[ObjectClaim] = []
+    size: str | None = None
+    colour: str | None = None
+    for word in words:
+        size, colour = (word if word in SIZES else size), (word if word in COLOURS else colour)
+        if word in SHAPES:
+            objects.append(ObjectClaim(word, colour, size))
+            size = colour = None
+    if not 1 <= len(objects) <= 2:
+        raise ValueError(f"prompt {prompt!r}: names {len(objects)} shapes; allowed: 1 or 2")
+    text = " ".join(words)
+    places = {relation: f" {relation} " for relation in RELATIONS} if len(objects) == 2 else POSITION_PHRASES
+    layout = next((name for name, phrase in places.items() if phrase in text), None)
+    background = next((word for word in words if word in BACKGROUNDS), None)
+    texture = next((word for word in words if word in TEXTURES), None)
+    return Description(tuple(objects), layout, background, texture)
 
 
 def vocabulary() -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from importlib import import_module
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,21 @@ def build(kind: str, weights: str | Path, **options: Any) -> Reward:
     are not on this machine and cannot be fetched.
     """
     if ":" in kind:
-        return check_reward(_attribute(kind)(weights, **options), kind)
+        return check_reward(_make(_attribute(kind), kind, weights, options), kind)
     if kind not in REWARDS:
         raise ValueError(f"unknown reward '{kind}'; available: {', '.join(REWARDS)}, or 'module:attr' of your own")
-    return REWARDS[kind](weights, **options)
+    reward: Reward = _make(REWARDS[kind], kind, weights, options)
+    return reward
+
+
+def _make(constructor: Callable[..., Any], kind: str, weights: str | Path, options: dict[str, Any]) -> Any:
+    """Raises ValueError for options that the class does not know."""
+    known = signature(constructor).parameters
+    if not any(parameter.kind == Parameter.VAR_KEYWORD for parameter in known.values()):
+        allowed = list(known)[1:]
+        if unknown := [name for name in options if name not in allowed]:
+            raise ValueError(f"reward '{kind}' has no option '{unknown[0]}'; it takes: {', '.join(allowed) or 'none'}")
+    return constructor(weights, **options)
 
 
 def _attribute(kind: str) -> Callable[..., object]:

@@ -60,6 +60,10 @@ def build(recipe: Recipe, device: torch.device | str = "cpu", elsewhere: Mapping
         from craftor.tasks.reward_tuning import RewardTuningTask
 
         return RewardTuningTask(recipe, device, elsewhere)
+    if recipe.task.kind == "policy_gradient":
+        from craftor.tasks.policy_gradient import PolicyGradientTask
+
+        return PolicyGradientTask(recipe, device, elsewhere)
     if recipe.task.kind == "direct_tuning":
         from craftor.tasks.direct_tuning import DirectTuningTask
 

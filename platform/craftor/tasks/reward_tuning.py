@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from craftor import prefix, seeds, trainable
 from craftor.decode import decode
@@ -100,17 +100,18 @@ class RewardTuningTask:
         return {name: v.unflatten(0, (-1, len(rows.position))).mean(dim=0) for name, v in metrics.items()}
 
     def _embed(self, rows: Rows) -> tuple[Prompt, Prompt]:
-        """The original encoders' prompt, and the trained ones' with its graph; the empty prompt is one more row."""
-        ids = rows.ids(self.diffuser.device)
-        if not self.diffuser.zero_null:
-            ids = {name: torch.cat([self.null_ids[name], ids[name]]) for name in ids}
+        """The original encoders' prompt, and the trained ones' with its graph."""
         with torch.no_grad():
-            original = self._split(embed(self.diffuser.encoders, ids))
-        return original, self._split(embed(self.tuned, ids))
+            original = self._encode(self.diffuser.encoders, rows)
+        return original, self._encode(self.tuned, rows)
 
-    def _split(self, condition: Condition) -> Prompt:
+    def _encode(self, encoders: Mapping[str, nn.Module], rows: Rows) -> Prompt:
+        """The empty prompt is one more row, or zeros."""
+        ids = rows.ids(self.diffuser.device)
         if self.diffuser.zero_null:
+            condition = embed(encoders, ids)
             return Prompt(condition, condition[:1].map(torch.zeros_like))
+        condition = embed(encoders, {name: torch.cat([self.null_ids[name], ids[name]]) for name in ids})
         return Prompt(condition[1:], condition[:1])
 
     def _null(self, tuned: Prompt, original: Prompt) -> Condition:
