@@ -5,6 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: install dev quickstart check format test test-slow clean
+.PHONY: claims
 .PHONY: bench-train bench-rewards bench-search bench-scale bench-serve
 
 install: .venv/.installed
@@ -38,6 +39,10 @@ test: .venv/.dev
 # Whole searches, deployments and clusters on this machine, and what befalls them: processes, nodes and networks lost.
 test-slow: .venv/.dev
 	$(BIN)/pytest -m slow
+
+# Trains every method three times: about 80 minutes on two cores, and goes on where it was interrupted.
+claims: .venv/.installed
+	$(BIN)/craftor claims --json recipes/claims.json
 
 # Benchmarks write runs/bench/<name>.json and the README's table of it. TRL's last release with AlignPropTrainer is no dependency of ours: a folder.
 bench-train: .venv/.dev
