@@ -21,7 +21,7 @@ from craftor.recipe import load as load_recipe
 from craftor.suites import Row
 from craftor_rewards.paper import paper_scores
 
-NUM_PROMPTS = 30
+NUM_PROMPTS = 26
 
 
 @pytest.fixture(scope="module")

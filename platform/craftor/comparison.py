@@ -158,7 +158,7 @@ def _values(run: Evaluated, metric: str) -> tuple[np.ndarray, np.ndarray] | None
 def _find(folder: Path) -> tuple[str, Evaluated]:
     """The evaluation in a run's folder, or of one that is an evaluation itself, under the run's name."""
     if (folder / ABOUT).is_file():
-        evaluation, run = folder, folder.parent if (folder.parent / "recipe.toml").is_file() else folder
+        evaluation, run = folder, folder.parent if folder.name.startswith("evaluation") else folder
     else:
         evaluation, run = folder / "evaluation", folder
     if (run / "recipe.toml").is_file():
