@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from craftor import evaluation_files
 from craftor.claims import effects, table, testing
 from craftor.claims.all_pairs import AllPairs
 from craftor.claims.declared import CLAIMS, Claim, Part
@@ -113,9 +114,66 @@ def test_costs_are_shared_between_claims() -> None:
     assert sum(row["more"] for row in rows.values()) < 90 * 60
 
 
+def write_images(folder: Path, gain: float, seed: int) -> None:
+    """An evaluation of 20 prompts; tuned images score `gain` more than the base, those at half weight half as much."""
+    generator = np.random.default_rng(seed)
+    images = []
+    for number in range(20):
+        for image in range(2):
+            base, noise = generator.normal(5, 1), generator.normal(0, 0.1, size=2)
+            made = {"base": base, "tuned": base + gain + noise[0]}
+            made |= {"w0.5": base + gain / 2 + noise[1]} if image == 0 and number < 12 else {}
+            images += [
+                {"number": number, "prompt": "a", "seed": image, "variant": variant, "pick": score, "feature": [1.0]}
+                for variant, score in made.items()
+            ]
+    about = {"prompts": {"num": 20}, "num_seeds": 2}
+    evaluation_files.begin(folder, about)
+    for part, numbers in enumerate(evaluation_files.parts(20)):
+        packed = evaluation_files.pack([image for image in images if image["number"] in numbers])
+        evaluation_files.write_part(folder, part, packed)
+
+
+def test_a_claim_is_judged_by_its_images(tmp_path: Path, tiny_recipe: Path) -> None:
+    for seed in range(2):
+        write_images(tmp_path / "images" / f"one-{seed}", 0.4, seed)
+        write_images(tmp_path / "images" / f"other-{seed}", 0.1, seed)
+        for name in ("one", "other"):
+            run = tmp_path / f"{name}-{seed}"
+            run.mkdir()
+            (run / "recipe.toml").write_text(tiny_recipe.read_text())
+            rate = 2.0 if name == "one" else 1.0
+            lines = [{"step": s, "pick": rate * min(s, 10), "images_per_second": rate} for s in range(1, 25)]
+            (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    parts = (
+        Part("one − other", "pick", {"one": 1, "other": -1}),
+        Part("other − one", "pick", {"other": 1, "one": -1}, "told"),
+        Part("half − base", "pick", {"one:w0.5": 1, "one:base": -1}),
+        Part("quality", "quality", {"one": 1, "one:base": -1}),
+    )
+    claim = Claim("One beats the other", parts, curves=("one", "other"), curve_of="pick")
+    found = testing.judge("C1", claim, Budget(num_seeds=2), tmp_path)
+    assert found["verdict"] == "holds" and found["left_out"] == ["quality"]
+    assert found["effect"] == pytest.approx(0.3, abs=0.05) and found["ci95"][0] > 0.2
+    half = found["parts"][2]
+    assert half["effect"] == pytest.approx(0.2, abs=0.05) and half["verdict"] == "holds"
+    # Both rise for ten steps; the slower method's best is ten, which the other has reached after five.
+    assert found["time_to_reward"] == {
+        "one": {"level": 10, "samples": 20, "seconds": 10},
+        "other": {"level": 10, "samples": 40, "seconds": 40},
+    }
+    assert (tmp_path / "C1.png").stat().st_size > 10_000
+    told = testing.judge("C2", Claim("Quality", parts[3:]), Budget(num_seeds=2), tmp_path)
+    assert told["verdict"] == "undecided" and told["reason"] == "not measured here: quality"
+    lines = table.markdown({"claims": [found, told]}).splitlines()
+    assert lines[2].startswith("| C1 One beats the other | one − other: +0.") and "**holds**" in lines[2]
+    assert "**undecided**: not measured here: quality" in lines[3] and "craftor claims --only C2" in lines[3]
+
+
 PARTS = (
     Part("half − base, total", "total", {"half": 1, "one:base": -1}, "not_below"),
     Part("half − one, total", "total", {"half": 1, "one": -1}, "told"),
+    Part("half − base, accuracy", "accuracy", {"half": 1, "one:base": -1}),
     Part("one, half weight − base, clip", "clip", {"one:w0.5": 1, "one:base": -1}, "told"),
 )
 
@@ -176,6 +234,7 @@ def test_claims_are_tested_once(cluster: None, small: Budget, tmp_path: Path, mo
     assert first["id"] == "C1" and first["verdict"] in ("holds", "undecided", "does not hold")
     assert first["ci95"][0] <= first["effect"] <= first["ci95"][1] and first["command"] == "craftor claims --only C1"
     assert [part["verdict"] for part in first["parts"]][1:] == [None, None]
+    assert first["left_out"] == ["half − base, accuracy"], "no referee for these images"
     assert second["verdict"] == "undecided" and "no recipe none.toml" in second["reason"]
     assert (out / "C1.png").stat().st_size > 10_000
     assert {row["samples"] for row in first["time_to_reward"].values()} <= {4, 8}

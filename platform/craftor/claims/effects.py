@@ -15,6 +15,10 @@ Rule = Literal["above", "not_below", "told"]
 `told`: shown, no part of the verdict."""
 
 
+class NotMeasured(ValueError):
+    """Images that have no score by a metric, as those outside the micro world have none by its referee."""
+
+
 @dataclass(frozen=True)
 class Effect:
     effect: float
@@ -40,11 +44,11 @@ def together(verdicts: Sequence[Verdict | None]) -> Verdict:
 
 
 def values(evaluated: Evaluated, variant: str, metric: str) -> np.ndarray:
-    """Scores as (prompts, images of each), NaN where there is none. Raises KeyError for what was not evaluated."""
+    """Scores as (prompts, images of each), NaN where there is none. Raises NotMeasured."""
     about = evaluated.about
     images = [image for image in evaluated.images if image["variant"] == variant]
     if not images or (metric != "diversity" and metric not in images[0]):
-        raise KeyError(f"{evaluated.folder} has no {metric} of {variant}")
+        raise NotMeasured(f"{evaluated.folder} has no {metric} of {variant}")
     if metric == "diversity":
         return diversity(images, variant)
     # The weights between base and tuned are made of the first prompts and the first seed alone.

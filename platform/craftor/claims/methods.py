@@ -33,7 +33,8 @@ class Method:
 
 _PREFERENCE = {
     "task.rewards.aesthetic": None,
-    "task.rewards.preference": {"kind": "pick_score", "weights": "micro:preference", "weight": 1.0},
+    "task.rewards.preference.evaluation_only": None,
+    "task.rewards.preference.weight": 1.0,
 }
 _ENCODER, _UNET = {"method": "full"}, {"method": "full", "lr": 5e-5}
 
@@ -54,22 +55,10 @@ METHODS: dict[str, Method] = {
     # The schema insists on a CLIP term, for the reason that C8 tests; this weight is too small to matter.
     "no_clip": Method(changes={"task.rewards.clip.weight": 1e-6}),
     "clip_only": Method(
-        changes={
-            "task.rewards.aesthetic": {"kind": "aesthetic", "weights": "micro:aesthetic", "evaluation_only": True},
-        }
+        changes={"task.rewards.aesthetic.evaluation_only": True, "task.rewards.aesthetic.weight": None}
     ),
     "preference": Method(changes=_PREFERENCE),
-    "all_pairs": Method(
-        changes={
-            **_PREFERENCE,
-            "task.rewards.preference": {
-                "kind": "craftor.claims.all_pairs:AllPairs",
-                "weights": "micro:preference",
-                "weight": 1.0,
-            },
-            "task.rewards.matched": {"kind": "pick_score", "weights": "micro:preference", "evaluation_only": True},
-        }
-    ),
+    "all_pairs": Method(changes={**_PREFERENCE, "task.rewards.preference.kind": "craftor.claims.all_pairs:AllPairs"}),
     "original_null": Method(changes={"task.window.null": "original"}),
     "last_10": Method(changes={"task.window": {"last": 10}}, seconds=5.0),
     "middle": Method(changes={"task.window": {"start": 5, "stop": 10}}, seconds=6.0),
@@ -114,7 +103,7 @@ class Budget:
     workers: int = 2
     model: str | None = None
     reference: str = REFERENCE
-    """Stands in for `micro_textcraftor.toml`: another model's recipe with its real rewards."""
+    """Stands in for `micro_textcraftor.toml`: another model's recipe; its rewards have the same names."""
     pairs: str | None = None
     """Image-caption pairs for direct fine-tuning; by default renders of the micro world."""
 

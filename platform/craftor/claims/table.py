@@ -20,8 +20,7 @@ def markdown(found: Mapping[str, Any]) -> str:
         if row["ci95"] is None:
             shown, verdict = "", f"**undecided**: {row['reason']}"
         else:
-            digits = decimals(row["ci95"])
-            shown = f"{row['of']}: {number(row['effect'], digits, sign=True)} {interval(*row['ci95'], digits)}"
+            shown = f"{row['of']}: {_shown(row)}"
             verdict = f"**{row['verdict']}**" + _against(row)
         lines.append(f"| {row['id']} {row['claim']} | {shown} | {verdict} | `{row['command']}` |")
     return "\n".join(lines)
@@ -29,12 +28,15 @@ def markdown(found: Mapping[str, Any]) -> str:
 
 def _against(row: Mapping[str, Any]) -> str:
     """The parts that keep a claim from holding."""
-    others = [part for part in row["parts"] if part["verdict"] not in (None, "holds")]
-    said = []
-    for part in others:
-        digits = decimals(part["ci95"])
-        said.append(f"{part['said']} {number(part['effect'], digits, sign=True)} {interval(*part['ci95'], digits)}")
+    said = [f"{part['said']} {_shown(part)}" for part in row["parts"] if part["verdict"] not in (None, "holds")]
     return f": {'; '.join(said)}" if said else ""
+
+
+def _shown(row: Mapping[str, Any]) -> str:
+    """An effect and its interval."""
+    low, high = row["ci95"]
+    digits = decimals(row["ci95"])
+    return f"{number(row['effect'], digits, sign=True)} {interval(low, high, digits)}"
 
 
 def costs(claims: Mapping[str, Claim], budget: Budget) -> list[dict[str, Any]]:

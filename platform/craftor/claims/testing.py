@@ -17,7 +17,7 @@ import numpy as np
 from craftor import checkpoint, evaluation_files, watch
 from craftor.claims import cost, curves
 from craftor.claims.declared import CLAIMS, Claim, Part
-from craftor.claims.effects import Effect, contrast, crossed, together, values, verdict_of
+from craftor.claims.effects import Effect, NotMeasured, contrast, crossed, together, values, verdict_of
 from craftor.claims.methods import IMAGES, METHODS, Budget, changed, recipe_of
 from craftor.cluster import ray_session
 from craftor.evaluate import Asked, Tuned, evaluate
@@ -92,11 +92,18 @@ def judge(name: str, claim: Claim, budget: Budget, out: Path) -> dict[str, Any]:
     def read(images: str, seed: int) -> Evaluated:
         return evaluation_files.read(_images_dir(images, seed, out))
 
-    parts = [_part(part, _effect(part, read, budget.num_seeds)) for part in claim.parts]
+    parts, left_out = [], []
+    for part in claim.parts:
+        try:
+            parts.append(_part(part, _effect(part, read, budget.num_seeds)))
+        except NotMeasured:
+            left_out.append(part.said)
     if claim.cost:
         recipe, folder = _run(out, "textcraftor", 0)
         parts += cost.measure(recipe, Tuned(folder, 1.0, used_steps(recipe)))
-    judged = _judged(name, claim, parts)
+    if not parts:
+        return _undecided(name, claim, f"not measured here: {', '.join(left_out)}")
+    judged = {**_judged(name, claim, parts), "left_out": left_out}
     if claim.curves:
         runs = {method: [_run_dir(method, seed, out) for seed in range(budget.num_seeds)] for method in claim.curves}
         grown = {method: curves.curve(folders, claim.curve_of) for method, folders in runs.items()}
