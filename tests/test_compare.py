@@ -91,7 +91,7 @@ def test_rendering(runs: list[Path], tmp_path: Path) -> None:
     assert names == ["compare.html", "compare.json", "compare.md", "contact-1.png", "blind.html"]
     html = re.sub(r'"data:[^"]*"', '""', paths[0].read_text())
     assert "http://" not in html and "https://" not in html and "<script" not in html
-    assert "40 prompts of held-out prompts × 2 seeds" in html and "bad − good" in html
+    assert "40 held-out prompts × 2 seeds" in html and "bad − good" in html
     clip = next(row for row in json.loads(paths[1].read_text())["metrics"] if row["metric"] == "clip")
     delta = next(pair for pair in clip["pairs"] if pair["of"] == "good")["delta"]
     assert f"{delta:+.3f}" in html and f"{delta:+.3f}" in paths[2].read_text()

@@ -43,7 +43,7 @@ def _page(comparison: Comparison, sheets: Sequence[Path]) -> str:
             ("Accuracy by attribute", [row for row in rows if row["name"] in DETAILS]),
         ],
         left_out=comparison.left_out,
-        suite=about["prompts"]["suite"] or "held-out prompts",
+        which=f"prompts of {suite}" if (suite := about["prompts"]["suite"]) else "held-out prompts",
         num_prompts=about["prompts"]["num"],
         num_seeds=about["num_seeds"],
         num_tests=sum(len(row["pairs"]) for row in comparison.metrics),
@@ -56,7 +56,7 @@ def _row(row: dict[str, Any], comparison: Comparison) -> dict[str, Any]:
     pairs = [
         {
             "text": number(pair["delta"], digits, sign=True),
-            "interval": interval(*pair["ci95"], digits),
+            "interval": interval(pair["ci95"][0], pair["ci95"][1], digits),
             "wins": f"{pair['win_rate']:.0%}",
             "p": f"{pair['p_holm']:.2g}",
             "of": pair["of"],

@@ -16,7 +16,7 @@ from rich.progress import track
 
 from craftor import evaluation_files, suites
 from craftor.checkpoint import digests
-from craftor.diffuser import load
+from craftor.diffuser import Diffuser, load
 from craftor.evaluation_actor import NUM_STRIPS, PAPER, Scorer, Tuned
 from craftor.evaluation_files import EvaluationError
 from craftor.evaluation_summary import breakdown, samples, summarise
@@ -26,6 +26,8 @@ from craftor.recipe import Evaluation, Recipe, Tuning
 
 __all__ = ["Asked", "Scorer", "Tuned", "evaluate", "held_out_prompts"]
 NUM_SAMPLES = 16
+_NO_MATTER = ("transformers_version", "architectures", "dtype", "torch_dtype")
+"""Keys of a configuration that say who wrote it."""
 
 
 @dataclass(frozen=True)
@@ -122,12 +124,13 @@ def describe(recipe: Recipe, tuned: Sequence[Tuned], rows: Sequence[dict[str, An
     prompts = hashlib.sha256(json.dumps([[r["index"], r["prompt"], r["description"]] for r in rows]).encode())
     return {
         "name": recipe.name,
-        "base_sha256": weights_digest([*base.encoders.values(), base.unet, base.vae]),
+        "base_sha256": _base_sha256(base),
         "tuned": [{"sha256": _sha256(t.folder), "weight": t.weight, "steps": list(t.steps)} for t in tuned],
         "prompts": {"suite": asked.suite, "num": len(rows), "sha256": prompts.hexdigest()},
         "seed": recipe.seed,
         "num_seeds": recipe.evaluation.num_seeds,
         "rollout": recipe.task.rollout.model_dump(),
+        "evaluation": recipe.evaluation.model_dump(mode="json", exclude={"prompts"}),
         "rewards": {
             name: {"kind": r.kind, "weights": r.weights, "weight": r.weight, "evaluation_only": r.evaluation_only}
             for name, r in recipe.task.rewards.items()
@@ -174,6 +177,18 @@ def _with(recipe: Recipe, asked: Asked) -> Recipe:
     evaluation = recipe.evaluation.model_copy(update=changes)
     seed = recipe.seed if asked.seed is None else asked.seed
     return recipe.model_copy(update={"evaluation": evaluation, "seed": seed})
+
+
+def _base_sha256(base: Diffuser) -> str:
+    """Of weights, and of what else decides their images: activations, noise schedule, what the UNet predicts."""
+    modules = [*base.encoders.values(), base.unet, base.vae]
+    found = hashlib.sha256(weights_digest(modules).encode())
+    for part in (*modules, base.scheduler):
+        config: Any = part.config
+        plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+        kept = {key: value for key, value in plain.items() if not key.startswith("_") and key not in _NO_MATTER}
+        found.update(json.dumps(kept, sort_keys=True, default=str).encode())
+    return found.hexdigest()
 
 
 def _sha256(folder: str) -> str:

@@ -19,6 +19,7 @@ from craftor.decode import decode
 from craftor.denoise import Prompt, State
 from craftor.diffuser import load
 from craftor.embed import embed
+from craftor.evaluation_files import STRIP_WEIGHTS
 from craftor.locate import locate
 from craftor.mixture import Member, sample_mixture
 from craftor.recipe import Recipe, Tuning
@@ -30,7 +31,6 @@ from craftor_rewards.aesthetic import Aesthetic
 from craftor_rewards.clip import ClipReward
 from craftor_rewards.paper import paper_scores
 
-STRIP_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 NUM_STRIPS = 48
 PAPER, PAPER_BATCH = "_paper", 4
 """Suffix of scores computed as TextCraftor computed them, and the batch that its PickScore was averaged over."""

@@ -21,6 +21,8 @@ BLOCK, BATCH = 100, 12
 """Prompts are made in twelves, beginning anew with each hundred. Sums of floating-point numbers differ in their last
 bit with the size of a batch, and rounding to 8 bits can bring that to light: so the batches are the same whoever makes
 them, and as they were when the README's figures were made."""
+STRIP_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Of the tuned encoder in the variants `base`, `w0.25`, `w0.5`, `w0.75` and `tuned`."""
 BOOKKEEPING = ("number", "prompt", "seed", "variant", "categories", "feature", "png", "image")
 """What an image has besides its scores."""
 _TYPES = {

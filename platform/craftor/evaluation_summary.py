@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from craftor.evaluation_actor import STRIP_WEIGHTS
-from craftor.evaluation_files import BOOKKEEPING
+from craftor.evaluation_files import BOOKKEEPING, STRIP_WEIGHTS
 from craftor.statistics import holm, mean, paired, sign_flip
 
 DETAILS = ("count", "shape", "colour", "size", "position", "background", "texture")

@@ -53,7 +53,8 @@ class Suite:
     """Where it is published as one text file a prompt: how to get that folder."""
 
 
-def _table(prompt: str, columns: Sequence[str], delimiter: str, quoting: int, _: str, text: str) -> Iterable[Row]:
+def _table(prompt: str, columns: Sequence[str], delimiter: str, quoted: bool, _: str, text: str) -> Iterable[Row]:
+    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     for row in csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting):
         yield Row(row[prompt], tuple(row[column] or "" for column in columns))
 
@@ -85,7 +86,7 @@ SUITES: dict[str, Suite] = {
         f"{_GITHUB}/google-research/parti/5a657978134374ce28973948331b319adef164bd",
         "Apache-2.0",
         ("PartiPrompts.tsv",),
-        partial(_table, "Prompt", ("Category", "Challenge"), "\t", csv.QUOTE_NONE),
+        partial(_table, "Prompt", ("Category", "Challenge"), "\t", False),
         ("Category", "Challenge"),
         1632,
         "1754464cb83302f6114e7be8048d85b8069677dd52f4b9f6ae222f9e3d1593e9",
@@ -104,7 +105,7 @@ SUITES: dict[str, Suite] = {
         f"{_GITHUB}/brianfitzgerald/smolmodels/aabbb44c43e9f42b88224d8f357405425b6c67f8/data",
         "none stated (a third party's copy of Google's sheet)",
         ("drawbench.csv",),
-        partial(_table, "Prompt", ("Category",), ",", csv.QUOTE_MINIMAL),
+        partial(_table, "Prompt", ("Category",), ",", True),
         ("Category",),
         200,
         "46f9c346c4d433d60dbf6a5d31b327769dcb93952661df74f4bbccb0c8c6bdde",
@@ -150,7 +151,7 @@ SUITES: dict[str, Suite] = {
         f"{_GITHUB}/krea-ai/open-prompts/84d1628e7b3d97a45d237311579faf39692f2a02/data",
         "none stated",
         ("1k.csv",),
-        partial(_table, "prompt", (), ",", csv.QUOTE_MINIMAL),
+        partial(_table, "prompt", (), ",", True),
         (),
         998,
         "49c4b2775ab31650e0f10eef58c4542f8367b5fa3d31de6d06c5ef0232cb2b4f",
