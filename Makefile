@@ -5,7 +5,6 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: install dev quickstart check format test test-slow clean
-.PHONY: claims
 .PHONY: bench-train bench-rewards bench-search bench-scale bench-serve
 
 install: .venv/.installed
@@ -40,6 +39,7 @@ test: .venv/.dev
 test-slow: .venv/.dev
 	$(BIN)/pytest -m slow
 
+.PHONY: claims
 # Trains every method three times: about 80 minutes on two cores, and goes on where it was interrupted.
 claims: .venv/.installed
 	$(BIN)/craftor claims --json recipes/claims.json
