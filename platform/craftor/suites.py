@@ -54,8 +54,12 @@ class Suite:
 
 
 def _table(prompt: str, columns: Sequence[str], delimiter: str, quoted: bool, _: str, text: str) -> Iterable[Row]:
-    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-    for row in csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting):
+    file = io.StringIO(text, newline="")
+    if quoted:
+        rows = csv.DictReader(file, delimiter=delimiter)
+    else:
+        rows = csv.DictReader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+    for row in rows:
         yield Row(row[prompt], tuple(row[column] or "" for column in columns))
 
 
