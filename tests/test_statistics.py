@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from craftor.statistics import decimals, excludes_zero, paired
+from craftor.statistics import decimals, excludes_zero, holm, mean, paired, sign_flip
 
 
 def test_small_case_by_hand() -> None:
@@ -72,3 +72,26 @@ def test_nothing_to_compare_is_refused() -> None:
 @pytest.mark.parametrize(("ci95", "digits"), [((0.85, 0.97), 2), ((-0.015, 0.02), 3), ((-30, 40), 0), ((0, 0), 3)])
 def test_decimals_follow_the_interval(ci95: tuple[float, float], digits: int) -> None:
     assert decimals(ci95) == digits
+
+
+def test_sign_flips_find_what_is_there_and_nothing_else() -> None:
+    generator = np.random.default_rng(0)
+    base = generator.normal(size=(200, 2))
+    noise = generator.normal(0, 0.1, size=(200, 2))
+    assert sign_flip(base, base + 0.05 + noise) == pytest.approx(1 / 10_001)
+    null = [sign_flip(base[:40], base[:40] + generator.normal(size=(40, 2)), num_resamples=500) for _ in range(300)]
+    assert 0.02 < np.mean(np.array(null) < 0.05) < 0.09, "one in twenty, without a difference"
+    assert sign_flip(base, base) == 1
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == [1, 1] and holm([]) == []
+
+
+def test_a_mean_and_its_interval() -> None:
+    values = np.random.default_rng(0).normal(3, 1, size=(400, 1))
+    found = mean(values)
+    half = 1.96 / 20
+    assert found["mean"] == pytest.approx(values.mean())
+    assert np.allclose(found["ci95"], [values.mean() - half, values.mean() + half], atol=0.02)

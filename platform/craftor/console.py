@@ -187,6 +187,28 @@ def table(metrics: dict[str, dict]) -> Table:
     return result
 
 
+def breakdown_table(rows: Sequence[dict]) -> Table:
+    """A suite's categories, metric by metric; a star where the corrected p is below 0.05."""
+    result = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for heading in ("category", "metric"):
+        result.add_column(heading)
+    for heading in ("prompts", "base", "tuned", "change [95% interval]", "wins", "p (Holm)"):
+        result.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        digits, (low, high) = decimals(row["ci95"]), row["ci95"]
+        result.add_row(
+            row["category"],
+            row["metric"],
+            str(row["num_prompts"]),
+            f"{row['base']:.{digits}f}",
+            f"{row['tuned']:.{digits}f}",
+            f"{row['delta']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]",
+            f"{row['win_rate']:.0%}",
+            f"{row['p_holm']:.3g}{' *' if row['p_holm'] < 0.05 else ''}",
+        )
+    return result
+
+
 def findings_table(findings: "Sequence[Finding]") -> Table:
     """`craftor doctor`'s findings; what failed has its remedy below."""
     result = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)

@@ -1,52 +1,55 @@
-"""Base against tuned on held-out prompts: the same noise for both, every scorer, paired differences.
+"""Base against tuned: the same prompts and noise for both, every scorer, paired differences.
 
-A Ray Data job: each row is a prompt, each actor makes its images for all seeds and variants and scores them. The
-noise of an image follows from (prompt number, seed) alone, so any number of actors gives the same images.
+A Ray Data job: each row is a part of the prompts, actors make its images and score them, and the driver writes what
+comes back as one Parquet file. Interrupted and started again, it does the parts that are missing.
 """
 
-import io
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray.data
-import torch
-from PIL import Image
 from rich.progress import track
-from torch import Tensor, nn
 
-from craftor import objective, seeds, trainable
+from craftor import evaluation_files, suites
 from craftor.baselines import methods
-from craftor.baselines.sampling import Base
-from craftor.baselines.settings import MethodSettings
-from craftor.decode import decode
-from craftor.denoise import Prompt, State
-from craftor.diffuser import load
-from craftor.embed import embed
+from craftor.checkpoint import digests
+from craftor.diffuser import Diffuser, load
+from craftor.evaluation_actor import NUM_STRIPS, PAPER, Scorer, Tuned
+from craftor.evaluation_files import EvaluationError
+from craftor.evaluation_summary import breakdown, samples, summarise
 from craftor.locate import locate
-from craftor.mixture import Member, sample_mixture
+from craftor.prefix_cache import weights_digest
 from craftor.recipe import Evaluation, Recipe, Tuning
-from craftor.statistics import paired
-from craftor_micro.captions import Description
-from craftor_micro.referee import ATTRIBUTES, Referee
-from craftor_rewards import ClipScore
-from craftor_rewards import build as build_reward
+from craftor_micro.referee import ATTRIBUTES
 
-STRIP_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
-NUM_STRIPS, NUM_SAMPLES = 48, 16
-BATCH = 12
+__all__ = ["Asked", "Scorer", "Tuned", "evaluate", "held_out_prompts"]
+NUM_SAMPLES = 16
+_NO_MATTER = ("transformers_version", "architectures", "dtype", "torch_dtype")
+"""Keys of a configuration that say who wrote it."""
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """A tuned encoder's folder, its weight when fully on, and the denoising steps it acts in."""
+class Asked:
+    """What an evaluation may be asked for beside the recipe's own section."""
 
-    folder: str
-    weight: float
-    steps: tuple[int, int]
+    suite: str | None = None
+    prompts: str | None = None
+    """Where the suite is, or without a suite another file of held-out prompts."""
+    category: str | None = None
+    limit: int | None = None
+    num_seeds: int | None = None
+    seed: int | None = None
+    """The noise's, by default the recipe's; runs with the same can be compared."""
+    num_kept: int = NUM_SAMPLES
+    """So many prompts keep their pictures."""
+    paper: bool = False
+    """Score as TextCraftor did, too."""
+    num_strips: int = NUM_STRIPS
+    """So many prompts are also made with the weights between base and tuned, for the curve."""
 
 
 def held_out_prompts(evaluation: Evaluation) -> list[dict[str, Any]]:
@@ -54,205 +57,147 @@ def held_out_prompts(evaluation: Evaluation) -> list[dict[str, Any]]:
     lines = Path(locate(evaluation.prompts)).read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines if line.strip()][: evaluation.num_prompts]
     if len(rows) < evaluation.num_prompts:
-        raise ValueError(
+        raise EvaluationError(
             f"evaluation.num_prompts = {evaluation.num_prompts}: {evaluation.prompts} has {len(rows)} prompts"
         )
     return [
-        {"number": i, "prompt": r["prompt"], "description": json.dumps(r.get("description"))}
+        {"number": i, "index": i, "prompt": r["prompt"], "description": r.get("description")}
         for i, r in enumerate(rows)
     ]
 
 
-def evaluate(recipe: Recipe, tuned: Sequence[Tuned], out: Path, num_actors: int) -> dict[str, Any]:
-    """Write `images.jsonl`, `samples/` and `summary.json` to `out`; returns the summary.
-
-    The summary has `metrics` (name -> what `statistics.paired` gives, and `held_out`) and the `interpolation` curve.
-    """
-    assert isinstance(recipe.task, Tuning) and recipe.evaluation is not None
-    (out / "samples").mkdir(parents=True, exist_ok=True)
-    rows = ray.data.from_items(held_out_prompts(recipe.evaluation), override_num_blocks=num_actors * 2)
-    scored = rows.map_batches(
-        Scorer,
-        fn_constructor_args=(recipe.model_dump(by_alias=True), [asdict(t) for t in tuned]),
-        compute=ray.data.ActorPoolStrategy(size=num_actors),
-        batch_size=BATCH,
-        batch_format="numpy",
-    )
-    images = []
-    total = recipe.evaluation.num_prompts
-    for row in track(scored.iter_rows(), description=f"evaluating {total} held-out prompts", total=total):
-        images.extend(_unpack(row, out))
-    images.sort(key=lambda image: (image["number"], image["seed"], image["variant"]))
-    with (out / "images.jsonl").open("w") as file:
-        file.writelines(json.dumps(image) + "\n" for image in images)
-    summary = summarise(images, recipe.task, recipe.evaluation.methods)
-    (out / "summary.json").write_text(json.dumps(summary, indent=2))
-    (out / "samples.json").write_text(json.dumps(_samples(images), indent=2))
-    return summary
-
-
-class Scorer:
-    """An evaluation actor: prompts -> scored images of the base, the tuned mixture and the weights between."""
-
-    def __init__(self, recipe: dict[str, Any], tuned: list[dict[str, Any]]) -> None:
-        self.recipe = Recipe.model_validate(recipe)
-        assert isinstance(self.recipe.task, Tuning) and self.recipe.evaluation is not None
-        torch.set_num_threads(self.recipe.workers.threads)
-        task = self.recipe.task
-        self.diffuser = load(self.recipe.model.model_copy(update={"precision": "fp32"}))
-        self.guided = self.diffuser.guided(task.rollout)
-        self.rewards = {name: build_reward(r.kind, locate(r.weights), **r.options) for name, r in task.rewards.items()}
-        self.clip = next(reward for reward in self.rewards.values() if isinstance(reward, ClipScore))
-        self.weights = {name: r.weight for name, r in task.rewards.items() if not r.evaluation_only}
-        self.tuned = [Tuned(t["folder"], t["weight"], tuple(t["steps"])) for t in tuned]
-        parts = [trainable.load(self.diffuser, Path(t.folder)) for t in self.tuned]
-        self.encoders = [{**self.diffuser.encoders, **{n: p for n, p in x.items() if n != "unet"}} for x in parts]
-        self.unets = [found["unet"] for found in parts if "unet" in found]
-        self.tuned_guided = self.diffuser.guided(task.rollout, self.unets[0]) if self.unets else self.guided
-        self.referee = Referee.load(locate("micro:referee"))
-        base = Base(self.diffuser, task.rollout, self.recipe.seed)
-        self.methods = methods.build(self.recipe.evaluation.methods, base, self.rewards)
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        assert self.recipe.evaluation is not None
-        prompts, numbers = [str(p) for p in batch["prompt"]], [int(n) for n in batch["number"]]
-        descriptions = [json.loads(d) for d in batch["description"]]
-        results: list[list[dict[str, Any]]] = [[] for _ in prompts]
-        for seed in range(self.recipe.evaluation.num_seeds):
-            for variant, images in self._images(prompts, numbers, seed).items():
-                # Every scorer sees what a user would: 8-bit images.
-                images = (images * 255).round() / 255
-                scores = self._scores(images, prompts, descriptions)
-                features = self.clip.towers.image_features(images)
-                for i, number in enumerate(numbers):
-                    results[i].append(
-                        {"number": number, "prompt": prompts[i], "seed": seed, "variant": variant}
-                        | {name: _plain(values[i].item()) for name, values in scores.items()}
-                        | {"feature": features[i].tolist()}
-                        | ({"png": _png(images[i])} if number < NUM_SAMPLES else {})
-                    )
-        return {"results": np.array([json.dumps(r) for r in results], dtype=object)}
-
-    @torch.no_grad()
-    def _images(self, prompts: list[str], numbers: list[int], seed: int) -> dict[str, Tensor]:
-        base, *tuned = (self._prompt(encoders, prompts) for encoders in (self.diffuser.encoders, *self.encoders))
-        noise = torch.cat(
-            [seeds.normal(self.recipe.seed, [seed], f"evaluation {n}", self.diffuser.latent_shape) for n in numbers]
-        )
-        # The steps before any tuned encoder acts are the same for every variant, unless the UNet itself is another.
-        fork = 0 if self.unets else min(t.steps[0] for t in self.tuned)
-        common = sample_mixture(self.guided, State(noise), base, [], range(fork))
-        strip = seed == 0 and min(numbers) < NUM_STRIPS
-        variants = {"base": 0.0, "tuned": 1.0} | ({f"w{w}": w for w in STRIP_WEIGHTS[1:-1]} if strip else {})
-        images = {}
-        for variant, scale in variants.items():
-            members = [
-                Member(prompt, scale * t.weight, range(*t.steps)) for prompt, t in zip(tuned, self.tuned, strict=True)
-            ]
-            guided = self.tuned_guided if scale else self.guided
-            final = sample_mixture(guided, common, base, members, range(fork, guided.num_steps))
-            images[variant] = decode(self.diffuser.vae, final.latents)
-        return {**images, **{name: method(prompts, numbers, seed) for name, method in self.methods.items()}}
-
-    def _prompt(self, encoders: dict[str, nn.Module], prompts: list[str]) -> Prompt:
-        return Prompt(embed(encoders, self.diffuser.tokenize(prompts)), self.diffuser.null(encoders))
-
-    @torch.no_grad()
-    def _scores(self, images: Tensor, prompts: list[str], descriptions: list[dict | None]) -> dict[str, Tensor]:
-        scores = {name: reward(images, prompts) for name, reward in self.rewards.items()}
-        scores["total"] = objective.total(scores, self.weights)
-        if all(d is not None for d in descriptions):
-            scores |= self.referee.judge(images, [Description.from_json(d) for d in descriptions if d])
-        return scores
-
-
-def summarise(
-    images: list[dict[str, Any]], task: Tuning, others: Mapping[str, MethodSettings] | None = None
-) -> dict[str, Any]:
-    """Paired statistics over prompts and seeds, diversity within prompts, and the interpolation curve.
-
-    Other methods are compared with the base as the tuned model is, under `methods`.
-    """
-    trained = {name for name, reward in task.rewards.items() if not reward.evaluation_only} | {"total"}
-    trained |= {*ATTRIBUTES, "accuracy"} if task.oracle_trains else set()
-    bookkeeping = ("number", "prompt", "seed", "variant", "feature", "png", "image")
-    names = [key for key in images[0] if key not in bookkeeping]
-    against_base: dict[str, dict[str, Any]] = {}
-    for variant, known in {"tuned": trained, **methods.known_to(others or {})}.items():
-        metrics = against_base[variant] = {}
-        for name in names:
-            base, found = (_grid(images, which, name) for which in ("base", variant))
-            if np.isnan(base).all():
-                continue  # an attribute that none of these prompts mentions
-            metrics[name] = {**paired(base, found), "held_out": name not in known}
-        metrics["diversity"] = {**paired(_diversity(images, "base"), _diversity(images, variant)), "held_out": True}
-    strips = [i for i in images if i["seed"] == 0 and i["number"] < NUM_STRIPS]
-    curve = []
-    for weight in STRIP_WEIGHTS:
-        variant = {0.0: "base", 1.0: "tuned"}.get(weight, f"w{weight}")
-        at = [image for image in strips if image["variant"] == variant]
-        means = {name: float(np.nanmean([_number(image[name]) for image in at])) for name in names}
-        curve.append({"weight": weight, "reward": means["total"], **means})
-    tuned = against_base.pop("tuned")
-    return {"metrics": tuned, "interpolation": curve, **({"methods": against_base} if against_base else {})}
-
-
-def _grid(images: list[dict[str, Any]], variant: str, name: str) -> np.ndarray:
-    """Values as (prompts, seeds); `images` is ordered by prompt and seed."""
-    num_seeds = 1 + max(image["seed"] for image in images)
-    values = [_number(image[name]) for image in images if image["variant"] == variant]
-    return np.array(values, dtype=float).reshape(-1, num_seeds)
-
-
-def _diversity(images: list[dict[str, Any]], variant: str) -> np.ndarray:
-    """1 - cosine between CLIP image embeddings, mean over the pairs of one prompt's seeds; (prompts, 1)."""
-    num_seeds = 1 + max(image["seed"] for image in images)
-    features = np.array([image["feature"] for image in images if image["variant"] == variant])
-    features = features.reshape(-1, num_seeds, features.shape[-1])
-    similarity = features @ features.transpose(0, 2, 1)
-    pairs = np.triu_indices(num_seeds, k=1)
-    if not len(pairs[0]):
-        return np.full((len(features), 1), np.nan)
-    return 1 - similarity[:, pairs[0], pairs[1]].mean(axis=1, keepdims=True)
-
-
-def _unpack(row: dict[str, Any], out: Path) -> list[dict[str, Any]]:
-    """One prompt's results; pictures become files under `samples/`."""
-    images = json.loads(row["results"])
-    for image in images:
-        if png := image.pop("png", None):
-            image["image"] = f"samples/{image['number']:03d}_{image['seed']}_{image['variant']}.png"
-            (out / image["image"]).write_bytes(bytes.fromhex(png))
-    return images
-
-
-def _samples(images: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    pictures = {(i["number"], i["variant"]): i for i in images if i["seed"] == 0 and "image" in i}
-    numbers = sorted({number for number, _ in pictures})
-    variants = ["base", *(f"w{w}" for w in STRIP_WEIGHTS[1:-1]), "tuned"]
+def suite_prompts(asked: Asked) -> list[dict[str, Any]]:
+    """The same of a suite; a prompt's noise follows from its index in the whole suite, whatever is left out."""
+    assert asked.suite is not None
+    rows = suites.load(asked.suite, asked.prompts)
     return [
         {
-            "prompt": pictures[n, "base"]["prompt"],
-            "seed": 0,
-            "base": pictures[n, "base"]["image"],
-            "tuned": pictures[n, "tuned"]["image"],
-            "strip": [pictures[n, v]["image"] for v in variants] if all((n, v) in pictures for v in variants) else None,
+            "number": number,
+            "index": index,
+            "prompt": rows[index].prompt,
+            "description": None,
+            "categories": list(rows[index].categories),
         }
-        for n in numbers
+        for number, index in enumerate(suites.select(asked.suite, rows, asked.category, asked.limit))
     ]
 
 
-def _png(image: Tensor) -> str:
-    """PNG bytes in hexadecimal, to travel inside JSON."""
-    buffer = io.BytesIO()
-    Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(buffer, format="PNG")
-    return buffer.getvalue().hex()
+def evaluate(
+    recipe: Recipe, tuned: Sequence[Tuned], out: Path, num_actors: int, asked: Asked | None = None
+) -> dict[str, Any]:
+    """Fill `out` with parts, `samples/`, `images.jsonl`, `samples.json` and `summary.json`; returns the summary.
+
+    The summary has `metrics` (name -> what `statistics.paired` gives, and `held_out`), the `interpolation` curve and,
+    of a suite, `categories`. Raises EvaluationError where `out` holds another evaluation, SuiteError for a suite that
+    is not what it should be.
+    """
+    asked = asked or Asked()
+    recipe = _with(recipe, asked)
+    assert isinstance(recipe.task, Tuning) and recipe.evaluation is not None
+    rows = suite_prompts(asked) if asked.suite else held_out_prompts(recipe.evaluation)
+    evaluation_files.begin(out, describe(recipe, tuned, rows, asked))
+    parts = evaluation_files.parts(len(rows))
+    if missing := evaluation_files.missing(out, len(parts)):
+        todo = [{"part": part, "rows": json.dumps(rows[parts[part].start : parts[part].stop])} for part in missing]
+        made = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
+            Scorer,
+            fn_constructor_args=(
+                recipe.model_dump(by_alias=True),
+                [asdict(t) for t in tuned],
+                asked.num_kept,
+                asked.paper,
+                asked.num_strips,
+            ),
+            compute=ray.data.ActorPoolStrategy(size=min(num_actors, len(todo))),
+            batch_size=1,
+            batch_format="numpy",
+            num_gpus=1 if recipe.workers.gpu else None,
+        )
+        said = f"evaluating {len(rows)} prompts, {len(todo)} of {len(parts)} parts to do"
+        for part in track(made.iter_rows(), description=said, total=len(todo)):
+            evaluation_files.write_part(out, part["part"], part["packed"])
+    return _conclude(recipe, out, asked)
 
 
-def _plain(value: float) -> float | None:
-    """JSON has no NaN: an attribute the prompt does not mention is null."""
-    return None if value != value else value
+def describe(recipe: Recipe, tuned: Sequence[Tuned], rows: Sequence[dict[str, Any]], asked: Asked) -> dict[str, Any]:
+    """What an evaluation's images and scores depend on."""
+    assert isinstance(recipe.task, Tuning) and recipe.evaluation is not None
+    base = load(recipe.model.model_copy(update={"precision": "fp32"}))
+    prompts = hashlib.sha256(json.dumps([[r["index"], r["prompt"], r["description"]] for r in rows]).encode())
+    return {
+        "name": recipe.name,
+        "base_sha256": _base_sha256(base),
+        "tuned": [{"sha256": _sha256(t.folder), "weight": t.weight, "steps": list(t.steps)} for t in tuned],
+        "prompts": {"suite": asked.suite, "num": len(rows), "sha256": prompts.hexdigest()},
+        "seed": recipe.seed,
+        "num_seeds": recipe.evaluation.num_seeds,
+        "rollout": recipe.task.rollout.model_dump(),
+        "evaluation": recipe.evaluation.model_dump(mode="json", exclude={"prompts"}),
+        "rewards": {
+            name: {"kind": r.kind, "weights": r.weights, "weight": r.weight, "evaluation_only": r.evaluation_only}
+            for name, r in recipe.task.rewards.items()
+        },
+        "methods": {name: method.model_dump() for name, method in recipe.evaluation.methods.items()},
+        "paper": asked.paper,
+        "num_kept": asked.num_kept,
+        "num_strips": asked.num_strips,
+    }
 
 
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else value
+def _conclude(recipe: Recipe, out: Path, asked: Asked) -> dict[str, Any]:
+    """Pictures as files, records as lines of JSON, and the statistics."""
+    assert isinstance(recipe.task, Tuning)
+    (out / "samples").mkdir(exist_ok=True)
+    images = evaluation_files.read(out).images
+    for image in images:
+        if png := image.pop("png"):
+            image["image"] = f"samples/{image['number']:03d}_{image['seed']}_{image['variant']}.png"
+            (out / image["image"]).write_bytes(png)
+    with (out / "images.jsonl").open("w") as file:
+        file.writelines(json.dumps(image) + "\n" for image in images)
+    trained = {name for name, reward in recipe.task.rewards.items() if not reward.evaluation_only} | {"total"}
+    trained |= {name + PAPER for name in trained}
+    trained |= {*ATTRIBUTES, "accuracy"} if recipe.task.oracle_trains else set()
+    assert recipe.evaluation is not None
+    summary = summarise(images, trained, methods.known_to(recipe.evaluation.methods))
+    if asked.suite:
+        summary["categories"] = breakdown(images, suites.SUITES[asked.suite].columns)
+    (out / "summary.json").write_text(json.dumps(summary, indent=2))
+    (out / "samples.json").write_text(json.dumps(samples(images), indent=2))
+    return summary
+
+
+def _with(recipe: Recipe, asked: Asked) -> Recipe:
+    """The recipe as asked for. Raises EvaluationError for options that do not go together."""
+    assert recipe.evaluation is not None
+    if asked.category is not None and asked.suite is None:
+        raise EvaluationError(f"--category {asked.category} goes with --suite; allowed: {', '.join(suites.SUITES)}")
+    changes: dict[str, Any] = {}
+    if asked.num_seeds is not None:
+        changes["num_seeds"] = asked.num_seeds
+    if asked.suite is None and asked.prompts is not None:
+        changes["prompts"] = asked.prompts
+    if asked.suite is None and asked.limit is not None:
+        changes["num_prompts"] = asked.limit
+    evaluation = recipe.evaluation.model_copy(update=changes)
+    seed = recipe.seed if asked.seed is None else asked.seed
+    return recipe.model_copy(update={"evaluation": evaluation, "seed": seed})
+
+
+def _base_sha256(base: Diffuser) -> str:
+    """Of weights, and of what else decides their images: activations, noise schedule, what the UNet predicts."""
+    modules = [*base.encoders.values(), base.unet, base.vae]
+    found = hashlib.sha256(weights_digest(modules).encode())
+    for part in (*modules, base.scheduler):
+        config: Any = part.config
+        plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+        kept = {key: value for key, value in plain.items() if not key.startswith("_") and key not in _NO_MATTER}
+        found.update(json.dumps(kept, sort_keys=True, default=str).encode())
+    return found.hexdigest()
+
+
+def _sha256(folder: str) -> str:
+    """Of a checkpoint's or bundle's tuned weights, without the optimiser's state."""
+    found = {name: sha for name, sha in digests(Path(folder)).items() if name.endswith(".safetensors")}
+    weights = {name: sha for name, sha in found.items() if not name.startswith("trainer/")}
+    return hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()

@@ -10,7 +10,7 @@ import psutil
 
 from craftor import checkpoint, registry
 from craftor.cluster import ray_session
-from craftor.evaluate import Tuned, evaluate
+from craftor.evaluate import Asked, Tuned, evaluate
 from craftor.fit import write_json
 from craftor.job import Trained, train
 from craftor.locate import shipped_recipe
@@ -32,7 +32,7 @@ def quickstart(out: Path, overrides: dict[str, Any]) -> dict[str, Any]:
     return finish(out, trained, summary, peak.gib, "craftor quickstart")
 
 
-def evaluate_runs(runs: Sequence[Path], out: Path, num_actors: int) -> dict[str, Any]:
+def evaluate_runs(runs: Sequence[Path], out: Path, num_actors: int, asked: Asked | None = None) -> dict[str, Any]:
     """Evaluate the mixture of the runs' encoders, each in its own window, by the first run's evaluation section."""
     tuned, first = [], None
     for run in runs:
@@ -47,7 +47,7 @@ def evaluate_runs(runs: Sequence[Path], out: Path, num_actors: int) -> dict[str,
         tuned.append(Tuned(str(last.resolve()), recipe.evaluation.weight, used_steps(recipe)))
     assert first is not None
     with ray_session(num_actors):
-        return evaluate(first, tuned, out, num_actors)
+        return evaluate(first, tuned, out, num_actors, asked)
 
 
 def used_steps(recipe: Recipe) -> tuple[int, int]:

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from craftor import figures
 from craftor.console import rewards_of
+from craftor.pages import render
 from craftor.statistics import decimals, excludes_zero
 from craftor.verdict import UNITS, caution, interval, kind, number, ordered, verdict
 
@@ -34,16 +34,10 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
 
 
 def _page(report: dict, log: list[dict], samples: list[dict], recipe: str, folder: Path) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     metrics = report["metrics"]
     strips = [sample for sample in samples if sample["strip"]][:_MAX_STRIPS]
-    return environment.get_template("report.html.j2").render(
+    return render(
+        "report.html.j2",
         report=report,
         verdict=verdict(report),
         caution=caution(metrics),

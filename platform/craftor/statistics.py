@@ -38,6 +38,41 @@ def paired(base: np.ndarray, tuned: np.ndarray, *, seed: int = 0, num_resamples:
     }
 
 
+def mean(values: np.ndarray, *, seed: int = 0, num_resamples: int = 10_000) -> dict:
+    """Mean of `(num_prompts, num_seeds)` scores and its `ci95`, over prompts; NaN is left out."""
+    kept = ~np.isnan(values)
+    sums = np.where(kept, values, 0.0).sum(1)
+    return {
+        "mean": float(values[kept].mean()),
+        "ci95": list(_interval(sums, kept.sum(1), np.random.default_rng(seed), num_resamples)),
+    }
+
+
+def sign_flip(base: np.ndarray, tuned: np.ndarray, *, seed: int = 0, num_resamples: int = 10_000) -> float:
+    """Two-sided p of "no difference" for paired scores: how often random signs of the prompts' sums reach the same.
+
+    Without a difference, each prompt's could as well have had the other sign. At least 1 / (num_resamples + 1).
+    """
+    sums = np.nansum(tuned - base, axis=1)
+    generator = np.random.default_rng(seed)
+    rows = max(1, _CHUNK // len(sums))
+    reached = 0
+    for start in range(0, num_resamples, rows):
+        shape = (min(start + rows, num_resamples) - start, len(sums))
+        flipped = generator.choice([-1.0, 1.0], size=shape) @ sums
+        reached += int((np.abs(flipped) >= abs(sums.sum()) * (1 - 1e-12)).sum())
+    return (reached + 1) / (num_resamples + 1)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for being several (Holm 1979): below a level, the chance of even one false finding is."""
+    p = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(p, kind="stable")
+    corrected = np.empty_like(p)
+    corrected[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
+    return corrected.tolist()
+
+
 def excludes_zero(ci95: Sequence[float]) -> bool:
     """Whether an interval lies wholly on one side of zero."""
     return ci95[0] > 0 or ci95[1] < 0

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import optuna
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from optuna.trial import FrozenTrial
 from PIL import Image
 
 from craftor.figures import DARK, LIGHT
+from craftor.pages import render
 from craftor.recipe import Recipe
 from craftor.report import data_uri
 from craftor.searching import figures
@@ -42,15 +42,9 @@ def write_search_report(
         pages.append(folder / f"{name}.png")
         with Image.open(io.BytesIO(png)) as image:  # transparent for the page; a file may be shown on anything
             Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).save(pages[-1])
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parents[1] / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     pages[0].write_text(
-        environment.get_template("search.html.j2").render(
+        render(
+            "search.html.j2",
             name=recipe.name,
             reason=reason(search),
             winners=winners,
