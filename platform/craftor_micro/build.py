@@ -16,6 +16,8 @@ from craftor_micro.base import assemble, export
 from craftor_micro.base_scores import score_autoencoder, score_base
 from craftor_micro.contrastive import build_clip, train_clip
 from craftor_micro.hard_negatives import hard_negative_accuracy
+from craftor_micro.identity import IdentityScorer
+from craftor_micro.identity_training import render_object_pool, score_identity_scorer, train_identity_scorer
 from craftor_micro.pairs import write_pairs
 from craftor_micro.pool import captions, render_pool
 from craftor_micro.preferences import sample_choices, score_choices, train_on_choices
@@ -50,6 +52,18 @@ def make_referee(
     referee.save(out)
     held_out = render_pool(3000, seed=seed + 2, held_out=True)
     _finish(out, seed, started, score_referee(Referee.load(out), held_out))
+
+
+@app.command("identity")
+def make_identity_scorer(
+    out: Out = WEIGHTS / "identity", steps: Steps = 3500, renders: Renders = 40_000, seed: Seed = 11_001
+) -> None:
+    """The identity scorer: which object of thousands is in an image."""
+    started = _begin(seed)
+    scorer = IdentityScorer()
+    train_identity_scorer(scorer, render_object_pool(renders, seed), num_steps=steps, seed=seed + 1)
+    scorer.save(out)
+    _finish(out, seed, started, score_identity_scorer(IdentityScorer.load(out), 2000, seed + 2))
 
 
 @app.command("autoencoder")
