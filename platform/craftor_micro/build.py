@@ -18,6 +18,7 @@ from craftor_micro.contrastive import build_clip, train_clip
 from craftor_micro.hard_negatives import hard_negative_accuracy
 from craftor_micro.identity import IdentityScorer
 from craftor_micro.identity_training import render_object_pool, score_identity_scorer, train_identity_scorer
+from craftor_micro.object_pairs import write_object_pairs
 from craftor_micro.pairs import write_pairs
 from craftor_micro.pool import captions, render_pool
 from craftor_micro.preferences import sample_choices, score_choices, train_on_choices
@@ -56,14 +57,20 @@ def make_referee(
 
 @app.command("identity")
 def make_identity_scorer(
-    out: Out = WEIGHTS / "identity", steps: Steps = 3500, renders: Renders = 40_000, seed: Seed = 11_001
+    out: Out = WEIGHTS / "identity",
+    steps: Steps = 2200,
+    start: Annotated[Path | None, typer.Option(help="Continue from this scorer; give another seed too.")] = None,
+    renders: Renders = 30_000,
+    seed: Seed = 11_001,
 ) -> None:
     """The identity scorer: which object of thousands is in an image."""
     started = _begin(seed)
-    scorer = IdentityScorer()
+    before = json.loads((start / "scores.json").read_text()) if start else None
+    scorer = IdentityScorer.load(start).requires_grad_(True) if start else IdentityScorer()
     train_identity_scorer(scorer, render_object_pool(renders, seed), num_steps=steps, seed=seed + 1)
     scorer.save(out)
-    _finish(out, seed, started, score_identity_scorer(IdentityScorer.load(out), 2000, seed + 2))
+    scores = score_identity_scorer(IdentityScorer.load(out), 2000, seed + 2)
+    _finish(out, seed, started, scores, continued=before)
 
 
 @app.command("autoencoder")
@@ -205,6 +212,27 @@ def make_untrained(
 def make_pairs(out: Out = PARTS / "pairs", num: int = 100_000, seed: Seed = 1) -> None:
     """Captioned renders as latents in Parquet, by Ray Data: what the UNet learns from."""
     write_pairs(PARTS / "untrained", out, num=num, seed=seed)
+
+
+@app.command("object-pairs")
+def make_object_pairs(
+    out: Out = PARTS / "object_pairs",
+    num: int = 48_000,
+    domain_share: Annotated[float, typer.Option(help="Share of rows with an object.")] = 0.5,
+    self_pairs: Annotated[bool, typer.Option(help="The reference is the target itself.")] = False,
+    workers: Annotated[int, typer.Option(help="Rendering processes.")] = 2,
+    seed: Seed = 1,
+) -> None:
+    """What recipes/micro_object_encoder.toml learns from: objects with another view of each, and general renders."""
+    write_object_pairs(
+        WEIGHTS / "base",
+        out,
+        num=num,
+        seed=seed,
+        domain_share=domain_share,
+        self_pairs=self_pairs,
+        num_workers=workers,
+    )
 
 
 @app.command("prompts")

@@ -31,8 +31,8 @@ class IdentityScorer(nn.Module):
         self.settings = {"widths": list(widths), "hidden": hidden}
         self.features = nn.Sequential(
             *block(3, a, kernel=4, stride=2),  # 32x32
-            *block(a, b, kernel=3, stride=1),
-            *block(b, c, kernel=3, stride=2),  # 16x16
+            *block(a, b, kernel=3, stride=2),  # 16x16
+            *block(b, c, kernel=3, stride=1),
             *block(c, d, kernel=3, stride=2),  # 8x8
             *block(d, e, kernel=3, stride=2),  # 4x4
         )
