@@ -58,5 +58,10 @@ bench-scale: .venv/.dev
 bench-serve: .venv/.dev
 	PYTHONPATH=tests $(BIN)/python -W ignore -m benchmarks.serve
 
+# Of a run of recipes/micro_object_encoder.toml.
+.PHONY: bench-object
+bench-object: .venv/.dev
+	PYTHONPATH=tests $(BIN)/python -W ignore -m benchmarks.object runs/micro-object-encoder
+
 clean:
 	rm -rf .venv runs dist

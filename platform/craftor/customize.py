@@ -10,6 +10,7 @@ which is three calls a step; equal weights are the two calls of ordinary guidanc
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -93,13 +94,12 @@ def load(run: Path, device: torch.device | str = "cpu") -> tuple[Customizer, Rec
 
 
 def assemble(diffuser: Diffuser, folder: Path) -> Customizer:
-    """A base model with a folder's IP-Adapter file and image encoder, and its tuned parts if there are any."""
+    """A base model with a folder's IP-Adapter file and image encoder, and its tuned UNet if there is one."""
     state = object_adapter.read(folder / object_adapter.FILE)
     tokens = object_adapter.tokens_of(state)
     encoder = object_condition.load(folder / object_condition.FOLDER, tokens, diffuser.device)
-    own = any((folder / name).is_dir() for name in (*trainable.CLASSES, trainable.LORA_FOLDER))
-    tuned = trainable.load(diffuser, folder) if own else {}
-    unet = tuned.get("unet") or copy.deepcopy(diffuser.unet)
+    tuned = any((folder / name).is_dir() for name in ("unet", trainable.LORA_FOLDER))
+    unet: Any = trainable.load(diffuser, folder)["unet"] if tuned else copy.deepcopy(diffuser.unet)
     set_attention(unet, "auto", diffuser.device)
     object_adapter.install(unet, state, eager=diffuser.device.type == "cpu")
     return Customizer(diffuser, freeze(unet), encoder)

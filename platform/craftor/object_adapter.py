@@ -10,7 +10,7 @@ nothing; it has no such null and is not offered.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -162,7 +162,7 @@ def zero(embeds: Float[Tensor, "b 1 *tokens d"], kept: Bool[Tensor, " b"]) -> Fl
     return embeds * kept.view(-1, *(1,) * (embeds.ndim - 1)).to(embeds)
 
 
-def _cross_attentions(unet: UNet2DConditionModel) -> list[nn.Module]:
+def _cross_attentions(unet: UNet2DConditionModel) -> list[Any]:
     """In the order that the loader numbers them by: down, up, middle."""
     names = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
     return [unet.get_submodule(name.removesuffix(".processor")) for name in names]
@@ -182,7 +182,7 @@ def _without_biases(image_proj: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.zeros_like(t) if name.endswith("bias") else t for name, t in image_proj.items()}
 
 
-def _eager(processor: nn.Module) -> nn.Module:
+def _eager(processor: Any) -> nn.Module:
     if not isinstance(processor, IPAdapterAttnProcessor2_0):
         return processor
     fitting = IPAdapterAttnProcessor(

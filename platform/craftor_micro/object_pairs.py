@@ -5,7 +5,6 @@ reference; general rows are captioned renders of `world`, without an object. The
 that any batch holds the same share of each. Columns are those of `craftor.tasks.object_encoder`.
 """
 
-import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -89,7 +88,7 @@ class EncodeObjects:
             target.images,
             target.masks,
             cut_out(shown, fill),
-            scene_captions(views, random.Random(seed).getrandbits(32)),
+            scene_captions(views, seed),
         )
 
 

@@ -1,6 +1,7 @@
 """Views of objects -> images and masks, by the renderer of `world`'s scenes; references cut out by their masks."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -70,7 +71,7 @@ def _wedges(u: Tensor, v: Tensor, depth: Tensor) -> Tensor:
     return (3 * torch.atan2(v, u)).sin() * (u**2 + v**2).sqrt() / 3
 
 
-_MARKED = {
+_MARKED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "halves": lambda u, v, depth: u,
     "cap": lambda u, v, depth: -0.1 - v,
     "quarters": lambda u, v, depth: (u * v).sign() * torch.minimum(u.abs(), v.abs()),

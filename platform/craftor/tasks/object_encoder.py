@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers
 from jaxtyping import Bool, Float
 from peft.utils import get_peft_model_state_dict
@@ -146,7 +146,7 @@ class ObjectEncoderTask:
         return torch.from_numpy(rows.columns["reference"]).view(-1, 3, size, size).to(self.diffuser.device) / 255
 
 
-def build(diffuser: Diffuser, settings: ObjectEncoder, seed: int) -> tuple[nn.Module, ImageEncoder]:
+def build(diffuser: Diffuser, settings: ObjectEncoder, seed: int) -> tuple[UNet2DConditionModel, ImageEncoder]:
     """A copy of the pipeline's UNet with an adapter installed, untrained or a file's, and its image encoder."""
     if len(diffuser.encoders) > 1:
         raise ValueError("task.kind = object_encoder: a pipeline with two text encoders (SDXL) is not supported")
