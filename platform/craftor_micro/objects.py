@@ -66,7 +66,7 @@ class Views:
 
 def identities(*, held_out: bool) -> Int[Tensor, " n"]:
     """Numbers of the identities for testing, or for training."""
-    return (held_out == HELD_OUT_IDENTITIES).nonzero().flatten()
+    return (HELD_OUT_IDENTITIES if held_out else ~HELD_OUT_IDENTITIES).nonzero().flatten()
 
 
 def sample_views(identity: Int[Tensor, " b"], seed: int) -> Views:
