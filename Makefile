@@ -81,5 +81,10 @@ bench-serve: .venv/.dev
 	PYTHONPATH=tests $(BIN)/python -W ignore -m benchmarks.serve
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.markdown serve
 
+# Of a run of recipes/micro_object_encoder.toml.
+.PHONY: bench-object
+bench-object: .venv/.dev
+	PYTHONPATH=tests $(BIN)/python -W ignore -m benchmarks.object runs/micro-object-encoder
+
 clean:
 	rm -rf .venv runs dist

@@ -1,4 +1,4 @@
-"""Latents -> images in [0, 1]."""
+"""Latents -> images in [0, 1], and back."""
 
 from diffusers import AutoencoderKL, AutoencoderTiny
 from jaxtyping import Float
@@ -14,3 +14,10 @@ def decode(vae: AutoencoderKL | AutoencoderTiny, latents: Float[Tensor, "b c h w
 def saturated(images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, " b"]:
     """Share of colour values at 0 or 1, per image."""
     return ((images <= 0) | (images >= 1)).float().mean(dim=(1, 2, 3))
+
+
+def encode(vae: AutoencoderKL | AutoencoderTiny, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
+    """The mean of what the autoencoder makes of images in [0, 1], so that nothing is drawn at random."""
+    found = vae.encode(2 * images - 1)
+    latents = found.latents if hasattr(found, "latents") else found.latent_dist.mode()
+    return latents * vae.config.scaling_factor

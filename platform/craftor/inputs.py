@@ -8,13 +8,16 @@ from craftor.cluster import ray_session
 from craftor.diffuser import Diffuser
 from craftor.diffuser import load as load_diffuser
 from craftor.locate import absolute
+from craftor.object_rows import check_mixture
 from craftor.prompts import Prepared
-from craftor.recipe import Recipe, RecipeError, RewardTuning
+from craftor.recipe import ObjectEncoder, Recipe, RecipeError, RewardTuning
 from craftor.stream import IDS
 
 
 def prepare(recipe: Recipe, run_dir: Path) -> Prepared:
     """Prompts are read into the run's folder; image-caption pairs are prepared Parquet already."""
+    if isinstance(recipe.task, ObjectEncoder):
+        check_mixture(recipe, run_dir / "recipe.toml")
     if not isinstance(recipe.task, RewardTuning):
         return prompts.describe(Path(recipe.data.path))
     diffuser = load_diffuser(recipe.model)

@@ -3,7 +3,7 @@
 from importlib.resources import files
 from pathlib import Path
 
-from craftor.recipe import DirectTuning, Recipe, RewardTuning
+from craftor.recipe import DirectTuning, ObjectEncoder, Recipe, RewardTuning
 
 SCHEME = "micro:"
 
@@ -40,6 +40,9 @@ def absolute(recipe: Recipe) -> Recipe:
     if isinstance(task, RewardTuning) and task.prefix.cache is not None:
         prefix = task.prefix.model_copy(update={"cache": fix(task.prefix.cache)})
         task = task.model_copy(update={"prefix": prefix})
+    if isinstance(task, ObjectEncoder):
+        found = {"image_encoder": fix(task.image_encoder), "adapter": task.adapter and fix(task.adapter)}
+        task = task.model_copy(update=found)
     if evaluation is not None:
         evaluation = evaluation.model_copy(update={"prompts": fix(evaluation.prompts)})
     if search is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import fsspec
 
 from craftor.locate import locate
-from craftor.recipe import Data, DirectTuning, Evaluation, Recipe, RecipeError, RewardTuning
+from craftor.recipe import Data, DirectTuning, Evaluation, ObjectEncoder, Recipe, RecipeError, RewardTuning
 
 _PROBE_BYTES = 1 << 20
 # Written out here so that a misspelt recipe is refused in a moment, without importing torch or Ray; tests hold these
@@ -27,6 +27,11 @@ def check(recipe: Recipe, source: Path) -> None:
         if isinstance(recipe.task, RewardTuning | DirectTuning):
             for name, reward in recipe.task.rewards.items():
                 check_reward(f"task.rewards.{name}", reward.kind, reward.weights)
+        if isinstance(recipe.task, ObjectEncoder):
+            if not Path(locate(recipe.task.image_encoder)).is_dir():
+                check_hub_id("task.image_encoder", recipe.task.image_encoder, "config.json")
+            if recipe.task.adapter is not None and not Path(recipe.task.adapter).is_file():
+                raise ValueError(f"task.adapter = {recipe.task.adapter!r}: no such file")
         if isinstance(recipe.task, RewardTuning):
             check_prompts("data", recipe.data)
         elif not list(Path(locate(recipe.data.path)).glob("*.parquet")):

@@ -17,6 +17,7 @@ from craftor.searching.settings import MEASURED, Distribution, Search, Value, co
 from craftor.task_settings import (
     Denoising,
     DirectTuning,
+    ObjectEncoder,
     Part,
     PolicyGradient,
     Prefix,
@@ -29,6 +30,7 @@ from craftor.task_settings import (
 __all__ = [
     "Denoising",
     "DirectTuning",
+    "ObjectEncoder",
     "Part",
     "PolicyGradient",
     "Prefix",
@@ -162,7 +164,9 @@ class Recipe(Section):
     seed: int = Field(0, ge=0)
     model: Model
     data: Data
-    task: Annotated[RewardTuning | PolicyGradient | DirectTuning | Denoising, Field(discriminator="kind")]
+    task: Annotated[
+        RewardTuning | PolicyGradient | DirectTuning | Denoising | ObjectEncoder, Field(discriminator="kind")
+    ]
     optimizer: Optimizer
     run: Run
     workers: Workers = Workers()
@@ -185,9 +189,27 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _precision_can_train(self) -> "Recipe":
-        trains_unet = isinstance(self.task, Denoising) or self.task.train.unet is not None
+        task = self.task
+        if isinstance(task, ObjectEncoder):
+            trains_unet = True
+        else:
+            trains_unet = isinstance(task, Denoising) or task.train.unet is not None
         if self.model.precision == "fp16" and trains_unet:
             raise ValueError('model.precision = "fp16": the gradient of UNet weights underflows; allowed: bf16, fp32')
+        return self
+
+    @model_validator(mode="after")
+    def _objects_mix(self) -> "Recipe":
+        if not isinstance(self.task, ObjectEncoder):
+            return self
+        num = self.task.domain_share * self.run.batch_size
+        if abs(num - round(num)) > 1e-6:
+            raise ValueError(
+                f"task.domain_share = {self.task.domain_share} of run.batch_size = {self.run.batch_size} is {num:g} "
+                "rows; allowed: a whole number of them in every batch"
+            )
+        if self.register_as is not None:
+            raise ValueError("register: an object encoder cannot be registered yet; leave [register] out")
         return self
 
     @property

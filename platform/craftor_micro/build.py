@@ -1,9 +1,6 @@
 """Trains the parts of the micro world: `python -m craftor_micro.build STAGE`, each seeded, each with its scores."""
 
 import json
-import shlex
-import sys
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +13,7 @@ from craftor_micro.base import assemble, export
 from craftor_micro.base_scores import score_autoencoder, score_base
 from craftor_micro.contrastive import build_clip, train_clip
 from craftor_micro.hard_negatives import hard_negative_accuracy
+from craftor_micro.object_stages import app as object_stages
 from craftor_micro.pairs import write_pairs
 from craftor_micro.pool import captions, render_pool
 from craftor_micro.preferences import sample_choices, score_choices, train_on_choices
@@ -24,19 +22,16 @@ from craftor_micro.ratings import image_embeddings, rate, score_head, train_head
 from craftor_micro.referee import Referee
 from craftor_micro.referee_training import score_referee, train_referee
 from craftor_micro.reward_clip import Teacher, train_contrast, train_vision
+from craftor_micro.stages import PARTS, WEIGHTS, Out, Renders, Seed, Steps, begin, finish
 from craftor_micro.tokenizer import build_tokenizer
 from craftor_rewards.aesthetic import Aesthetic
 from craftor_rewards.clip import ClipTowers
 from craftor_rewards.clip_score import ClipScore
 from craftor_rewards.pick_score import PickScore
 
-WEIGHTS, PARTS = Path("platform/craftor_micro/weights"), Path("runs/micro")
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
-Out = Annotated[Path, typer.Option(help="Folder to write: weights in half precision and scores.json.")]
-Steps = Annotated[int, typer.Option(min=1, help="Optimiser updates.")]
+app.add_typer(object_stages)
 VisionSteps = Annotated[int, typer.Option(min=1, help="Updates of the image tower alone, before the contrastive ones.")]
-Seed = Annotated[int, typer.Option(help="Seeds renders, initial weights and batches.")]
-Renders = Annotated[int, typer.Option(min=256, help="Training images.")]
 
 
 @app.command("referee")
@@ -44,12 +39,12 @@ def make_referee(
     out: Out = WEIGHTS / "referee", steps: Steps = 6000, renders: Renders = 100_000, seed: Seed = 7001
 ) -> None:
     """The exact scorer: a classifier of clean renders."""
-    started = _begin(seed)
+    started = begin(seed)
     referee = Referee()
     train_referee(referee, render_pool(renders, seed=seed, two_objects=0.5), num_steps=steps, seed=seed + 1)
     referee.save(out)
     held_out = render_pool(3000, seed=seed + 2, held_out=True)
-    _finish(out, seed, started, score_referee(Referee.load(out), held_out))
+    finish(out, seed, started, score_referee(Referee.load(out), held_out))
 
 
 @app.command("autoencoder")
@@ -57,12 +52,12 @@ def make_autoencoder(
     out: Out = PARTS / "autoencoder", steps: Steps = 1200, renders: Renders = 12_000, seed: Seed = 0
 ) -> None:
     """The base model's autoencoder: principal components, and a decoder trained to invert them."""
-    started = _begin(seed)
+    started = begin(seed)
     pool = render_pool(renders, seed=seed + 11)
     autoencoder = build_autoencoder(pool)
     train_decoder(autoencoder, pool, num_steps=steps, seed=seed)
     autoencoder.save_pretrained(out)
-    _finish(out, seed, started, score_autoencoder(autoencoder.eval(), Referee.load(WEIGHTS / "referee")))
+    finish(out, seed, started, score_autoencoder(autoencoder.eval(), Referee.load(WEIGHTS / "referee")))
 
 
 @app.command("text-encoder")
@@ -70,14 +65,14 @@ def make_text_encoder(
     out: Out = PARTS / "text_encoder", steps: Steps = 1000, renders: Renders = 60_000, seed: Seed = 1
 ) -> None:
     """The base model's own CLIP, trained on captions as careless as the web's."""
-    started = _begin(seed)
+    started = begin(seed)
     tokenizer, pool = build_tokenizer(), render_pool(renders, seed=seed + 20)
     clip = build_clip(tokenizer)
     careless = captions(pool.scenes, seed + 21, clean=False)
     scores = train_clip(clip, tokenizer, pool, careless, num_steps=steps, seed=seed - 1)
     clip.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    _finish(out, seed, started, {name: value for name, value in scores.items() if name != "seconds"})
+    finish(out, seed, started, {name: value for name, value in scores.items() if name != "seconds"})
 
 
 @app.command("sharpen-text-encoder")
@@ -90,7 +85,7 @@ def sharpen_text_encoder(
     seed: Seed = 2,
 ) -> None:
     """The same CLIP taught outlines and positions by hard negatives: in-batch contrast never needed them."""
-    started = _begin(seed)
+    started = begin(seed)
     tokenizer, pool = build_tokenizer(), render_pool(renders, seed=seed + 21, two_objects=0.3)
     clip = ClipTowers(start).clip.requires_grad_(True)
     teacher = Teacher(clip, pool, None)
@@ -99,7 +94,7 @@ def sharpen_text_encoder(
     clip.save_pretrained(out)
     tokenizer.save_pretrained(out)
     scores = hard_negative_accuracy(ClipScore(out).towers, render_pool(1000, seed + 24, held_out=True), seed + 25)
-    _finish(out, seed, started, scores)
+    finish(out, seed, started, scores)
 
 
 @app.command("reward-clip")
@@ -112,7 +107,7 @@ def make_reward_clip(
     seed: Seed = 8001,
 ) -> None:
     """The alignment reward: a CLIP of clean captions and hard negatives that also keeps quality."""
-    started = _begin(seed)
+    started = begin(seed)
     tokenizer, pool = build_tokenizer(), render_pool(renders, seed=seed, two_objects=0.35)
     before = json.loads((start / "scores.json").read_text()) if start else None
     clip = ClipTowers(start).clip.requires_grad_(True) if start else build_clip(tokenizer, width=96, num_layers=3)
@@ -122,7 +117,7 @@ def make_reward_clip(
     _save_clip(clip, out)
     held_out = render_pool(1000, seed + 3, held_out=True)
     scores = hard_negative_accuracy(ClipScore(out).towers, held_out, seed + 4)
-    _finish(out, seed, started, scores, continued=before)
+    finish(out, seed, started, scores, continued=before)
 
 
 @app.command("aesthetic")
@@ -134,7 +129,7 @@ def make_aesthetic(
     seed: Seed = 9001,
 ) -> None:
     """The style reward: a head on the reward CLIP's image embedding, trained on noisy ratings."""
-    started = _begin(seed)
+    started = begin(seed)
     out.mkdir(parents=True, exist_ok=True)
     towers = ClipScore(out / clip).towers
     pool, held_out = render_pool(renders, seed=seed), render_pool(2000, seed + 1, held_out=True)
@@ -142,7 +137,7 @@ def make_aesthetic(
     head = train_head(features, rate(pool.scenes, seed + 3), hidden=64, num_steps=steps, seed=seed + 4)
     head.save(out, clip=clip)
     held_out_features = image_embeddings(towers, held_out, None)
-    _finish(out, seed, started, score_head(Aesthetic(out).head, held_out_features, held_out.scenes))
+    finish(out, seed, started, score_head(Aesthetic(out).head, held_out_features, held_out.scenes))
 
 
 @app.command("preference")
@@ -155,7 +150,7 @@ def make_preference(
     seed: Seed = 10_001,
 ) -> None:
     """The evaluation-only reward: another CLIP, tuned on choices between two images."""
-    started = _begin(seed)
+    started = begin(seed)
     tokenizer, pool = build_tokenizer(), render_pool(renders, seed=seed, two_objects=0.35)
     clip = build_clip(tokenizer, width=96, num_layers=2)
     teacher = Teacher(clip, pool, None)
@@ -172,7 +167,7 @@ def make_preference(
         for p in (held_out.first, held_out.second)
     )
     negatives = hard_negative_accuracy(reward.towers, held_out.first, seed + 20)
-    _finish(out, seed, started, {**score_choices(first, second, held_out), **negatives})
+    finish(out, seed, started, {**score_choices(first, second, held_out), **negatives})
 
 
 @app.command("assemble")
@@ -215,25 +210,6 @@ def _save_clip(clip: CLIPModel, out: Path) -> None:
     """Half precision in Hugging Face layout, with its tokenizer."""
     clip.half().save_pretrained(out)
     build_tokenizer().save_pretrained(out)
-
-
-def _begin(seed: int) -> float:
-    torch.set_num_threads(1)
-    torch.manual_seed(seed)
-    return time.time()
-
-
-def _finish(
-    out: Path, seed: int, started: float, scores: dict[str, float], *, continued: dict[str, object] | None = None
-) -> None:
-    """Write `scores.json`: how the weights were made (and those they continue), and how good they are."""
-    rounded = {name: round(value, 4) for name, value in scores.items()}
-    command = shlex.join(["python", "-m", "craftor_micro.build", *sys.argv[1:]])
-    record = {"command": command, "seed": seed, "seconds": round(time.time() - started), "scores": rounded}
-    if continued is not None:
-        record["continued_from"] = continued
-    (out / "scores.json").write_text(json.dumps(record, indent=2) + "\n")
-    print(json.dumps(record, indent=2))
 
 
 if __name__ == "__main__":

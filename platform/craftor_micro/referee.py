@@ -68,11 +68,11 @@ class Referee(nn.Module):
         a, b, c, d, e = widths
         self.settings = {"widths": list(widths), "hidden": hidden}
         self.features = nn.Sequential(
-            *_block(3, a, kernel=4, stride=2),  # 32x32
-            *_block(a, b, kernel=3, stride=2),  # 16x16
-            *_block(b, c, kernel=3, stride=1),
-            *_block(c, d, kernel=3, stride=2),  # 8x8
-            *_block(d, e, kernel=3, stride=2),  # 4x4
+            *block(3, a, kernel=4, stride=2),  # 32x32
+            *block(a, b, kernel=3, stride=2),  # 16x16
+            *block(b, c, kernel=3, stride=1),
+            *block(c, d, kernel=3, stride=2),  # 8x8
+            *block(d, e, kernel=3, stride=2),  # 4x4
         )
         self.hidden = nn.Linear(e * 16, hidden)
         self.heads = nn.Linear(hidden, sum(HEADS.values()))
@@ -203,7 +203,8 @@ def _description(best: dict[str, int]) -> Description:
     return Description(objects, layout, backgrounds[best["background"]], TEXTURES[best["texture"]])
 
 
-def _block(inputs: int, outputs: int, *, kernel: int, stride: int) -> tuple[nn.Module, ...]:
+def block(inputs: int, outputs: int, *, kernel: int, stride: int) -> tuple[nn.Module, ...]:
+    """Convolution, batch norm, ReLU."""
     conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=1, bias=False)
     return conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from craftor_micro.world import BACKGROUNDS, COLOURS, SHAPES, Scenes
 
 IMAGE_SIZE = 64
-_COLOUR_TABLE = torch.tensor(list(COLOURS.values()))
+COLOUR_TABLE = torch.tensor(list(COLOURS.values()))
 _BACKGROUND_TABLE = torch.tensor(list(BACKGROUNDS.values()))
 
 
@@ -22,25 +22,34 @@ def render(scenes: Scenes, seed: int = 0) -> Float[Tensor, "b 3 64 64"]:
     """Images in [0, 1]; `seed` draws the phase of background textures."""
     grid = torch.arange(IMAGE_SIZE) + 0.5
     y, x = torch.meshgrid(grid, grid, indexing="ij")
-    image = _backgrounds(scenes, x, y, torch.Generator().manual_seed(seed))
+    image = backgrounds(scenes, x, y, torch.Generator().manual_seed(seed))
     vivid, shading, shadow = (q[:, None, None, None] for q in scenes.quality.unbind(1))
     for i in (1, 0):  # the first object is drawn last
         present = (scenes.count > i).float()[:, None, None]
         dx = x - scenes.center[:, i, 0, None, None]
         dy = y - scenes.center[:, i, 1, None, None]
         radius = scenes.radius[:, i, None, None]
-        shade_alpha = (0.5 - _distance(scenes.shape[:, i], dx - 3.5, dy - 3.5, radius) / 5.0).clamp(0, 1) * present
+        shade_alpha = (0.5 - distance(scenes.shape[:, i], dx - 3.5, dy - 3.5, radius) / 5.0).clamp(0, 1) * present
         image = image * (1 - 0.75 * shadow * shade_alpha[:, None])
-        alpha = (0.5 - _distance(scenes.shape[:, i], dx, dy, radius)).clamp(0, 1) * present
-        colour = _COLOUR_TABLE[scenes.colour[:, i]][:, :, None, None]
-        light = (-(dx + dy) / (1.6 * radius)).clamp(-1, 1)[:, None]
-        lit = colour * (1 + 0.55 * shading * light.clamp(max=0)) + (1 - colour) * 0.55 * shading * light.clamp(min=0)
-        image = image * (1 - alpha[:, None]) + lit * alpha[:, None]
-    # Vividness: from a washed-out picture (factor 0.45 around a grey haze) to full contrast.
+        alpha = (0.5 - distance(scenes.shape[:, i], dx, dy, radius)).clamp(0, 1) * present
+        colour = COLOUR_TABLE[scenes.colour[:, i]][:, :, None, None]
+        image = image * (1 - alpha[:, None]) + lit(colour, dx, dy, radius, shading) * alpha[:, None]
+    return hazy(image, vivid)
+
+
+def lit(colour: Tensor, dx: Tensor, dy: Tensor, radius: Tensor, shading: Tensor) -> Float[Tensor, "b 3 64 64"]:
+    """A colour under light from the top left."""
+    light = (-(dx + dy) / (1.6 * radius)).clamp(-1, 1)[:, None]
+    return colour * (1 + 0.55 * shading * light.clamp(max=0)) + (1 - colour) * 0.55 * shading * light.clamp(min=0)
+
+
+def hazy(image: Tensor, vivid: Tensor) -> Float[Tensor, "b 3 64 64"]:
+    """From a washed-out picture (factor 0.45 around a grey haze) to full contrast."""
     return (0.55 + (image - 0.55) * (0.45 + 0.55 * vivid)).clamp(0, 1)
 
 
-def _backgrounds(scenes: Scenes, x: Tensor, y: Tensor, generator: torch.Generator) -> Float[Tensor, "b 3 64 64"]:
+def backgrounds(scenes: Scenes, x: Tensor, y: Tensor, generator: torch.Generator) -> Float[Tensor, "b 3 64 64"]:
+    """Plain, striped or dotted, the texture's phase drawn from the generator."""
     base = _BACKGROUND_TABLE[scenes.background][:, :, None, None]
     phase = torch.rand(len(scenes), 2, 1, 1, generator=generator)
     stripes = ((math.pi / 5) * (y + 10 * phase[:, 0])).sin().mul(2.5).clamp(-1, 1)
@@ -54,7 +63,7 @@ def _backgrounds(scenes: Scenes, x: Tensor, y: Tensor, generator: torch.Generato
     return base + (tint - base) * (pattern + 1) / 2
 
 
-def _distance(shape: Tensor, dx: Tensor, dy: Tensor, radius: Tensor) -> Float[Tensor, "b 64 64"]:
+def distance(shape: Tensor, dx: Tensor, dy: Tensor, radius: Tensor) -> Float[Tensor, "b 64 64"]:
     """Signed distance in pixels to each row's shape of circumradius about `radius`; rows are grouped by shape."""
     result = torch.empty_like(dx)
     for index, name in enumerate(SHAPES):

@@ -68,6 +68,10 @@ def build(recipe: Recipe, device: torch.device | str = "cpu", elsewhere: Mapping
         from craftor.tasks.direct_tuning import DirectTuningTask
 
         return DirectTuningTask(recipe, device, elsewhere)
+    if recipe.task.kind == "object_encoder":
+        from craftor.tasks.object_encoder import ObjectEncoderTask
+
+        return ObjectEncoderTask(recipe, device)
     from craftor.tasks.denoising import DenoisingTask
 
     return DenoisingTask(recipe, device)

@@ -11,6 +11,7 @@ from craftor.diffuser import assert_frozen, load
 from craftor.embed import embed
 from craftor.recipe import Denoising, Recipe
 from craftor.stream import Rows
+from craftor.tasks.noising import min_snr_weight, noised
 
 
 class DenoisingTask:
@@ -51,28 +52,14 @@ class DenoisingTask:
 
     def step(self, rows: Rows, share: float = 1.0) -> dict[str, Tensor]:
         device = self.diffuser.device
-        latents = torch.from_numpy(rows.columns["latents"]).float().view(-1, *self.diffuser.latent_shape).to(device)
         with torch.no_grad():
             embeds = embed(self.diffuser.encoders, rows.ids(device)).embeds
         dropped = seeds.uniform(self.seed, rows.position, "caption dropout") < self.settings.caption_dropout
         embeds = torch.where(dropped[:, None, None].to(device), self.null, embeds)
-        noise = seeds.normal(self.seed, rows.position, "noise", self.diffuser.latent_shape).to(device)
-        scheduler = self.diffuser.scheduler
-        num_timesteps = scheduler.config.num_train_timesteps
-        timesteps = (seeds.uniform(self.seed, rows.position, "timestep") * num_timesteps).long().to(device)
-
-        noisy = scheduler.add_noise(latents, noise, timesteps)
-        velocity = scheduler.config.prediction_type == "v_prediction"
-        target = scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
+        noisy, target, timesteps = noised(self.diffuser, rows, self.seed)
         with self.autocast:
             predicted = self.module["unet"](noisy, timesteps, embeds).sample
-        loss = self._weight(timesteps, velocity) * (predicted.float() - target).square().mean(dim=(1, 2, 3))
+        weight = min_snr_weight(self.diffuser, timesteps, self.settings.min_snr_gamma, self.settings.min_weight)
+        loss = weight * (predicted.float() - target).square().mean(dim=(1, 2, 3))
         (share * loss.mean()).backward()
         return {"loss": loss.detach()}
-
-    def _weight(self, timesteps: Tensor, velocity: bool) -> Tensor:
-        """min(SNR, gamma) on the error of x0, restated for the error of v (over SNR + 1) or of the noise (over SNR)."""
-        alpha = self.diffuser.scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
-        snr = alpha / (1 - alpha)
-        weight = snr.clamp(max=self.settings.min_snr_gamma) / (snr + 1 if velocity else snr.clamp(min=1e-8))
-        return weight.clamp(min=self.settings.min_weight)

@@ -1,0 +1,129 @@
+"""One picture of an object and prompts -> new pictures of that object, in one pass of its encoder.
+
+Text and object are guided apart. With e(text, object) the network's output and 0 for the empty prompt and no object,
+
+    output = e(0, 0)  +  object_weight * (e(0, o) - e(0, 0))  +  text_weight * (e(t, o) - e(0, o))
+
+which is three calls a step; equal weights are the two calls of ordinary guidance, and of a stock pipeline.
+"""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from jaxtyping import Float
+from torch import Tensor
+
+from craftor import checkpoint, object_adapter, object_condition, seeds, trainable, uploads
+from craftor.attention import set_attention
+from craftor.decode import decode
+from craftor.diffuser import Diffuser, freeze
+from craftor.diffuser import load as load_diffuser
+from craftor.embed import embed
+from craftor.object_condition import ImageEncoder
+from craftor.pictures import save_sheet
+from craftor.recipe import ObjectEncoder, Recipe, RecipeError, load_run
+from craftor.solver import schedule
+
+
+@dataclass(frozen=True)
+class Guidance:
+    num_steps: int = 20
+    text_weight: float = 4.0
+    object_weight: float = 4.0
+    """0 leaves the object out."""
+    object_from: int = 0
+    """First denoising step that sees the object: later ones leave layout to the text."""
+
+
+@dataclass(frozen=True)
+class Customizer:
+    """A base model with a trained object encoder."""
+
+    diffuser: Diffuser
+    unet: UNet2DConditionModel
+    """Its own, with the adapter installed."""
+    encoder: ImageEncoder
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: list[str],
+        references: Float[Tensor, "b 3 H W"] | None,
+        noise: Float[Tensor, "b c h w"],
+        guidance: Guidance = Guidance(),  # noqa: B008  # it is frozen
+    ) -> Float[Tensor, "b 3 H W"]:
+        """One picture a row, of its prompt and its cut-out reference; None for no object at all."""
+        assert len(prompts) == len(noise) and (references is None or len(references) == len(noise))
+        text = embed(self.diffuser.encoders, self.diffuser.tokenize(prompts)).embeds
+        null = self.diffuser.null().embeds.expand_as(text)
+        shown = self.encoder(noise.new_zeros(1, 3, 1, 1) if references is None else references)
+        absent = torch.zeros_like(shown).expand(len(noise), *shown.shape[1:])
+        latents, x0 = noise, None
+        for index, step in enumerate(schedule(self.diffuser.scheduler, "ddim", guidance.num_steps)):
+            on = references is not None and guidance.object_weight != 0 and index >= guidance.object_from
+            seen = shown if on else absent
+            apart = on and guidance.object_weight != guidance.text_weight
+            conditions = [(null, absent), *([(null, seen)] if apart else []), (text, seen)]
+            outputs = self._outputs(latents, step.timestep, conditions)
+            weights = (guidance.object_weight, guidance.text_weight) if apart else (guidance.text_weight,)
+            output = outputs[0]
+            for weight, before, after in zip(weights, outputs, outputs[1:], strict=False):
+                output = output + weight * (after - before)
+            previous, x0 = x0, step.x0(latents, output)
+            latents = step.advance(latents, x0, previous)
+        return decode(self.diffuser.vae, latents)
+
+    def _outputs(self, latents: Tensor, timestep: int, conditions: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
+        """The network's output under each pair of text and object, in one call."""
+        texts, objects = (torch.cat(column) for column in zip(*conditions, strict=True))
+        added = {"image_embeds": [objects]}
+        found = self.unet(latents.repeat(len(conditions), 1, 1, 1), timestep, texts, added_cond_kwargs=added).sample
+        return found.chunk(len(conditions))
+
+
+def load(run: Path, device: torch.device | str = "cpu") -> tuple[Customizer, Recipe]:
+    """The last checkpoint of an object encoder's run, on the base model of its recipe. Raises RecipeError."""
+    recipe, last = load_run(run), checkpoint.latest(run)
+    if not isinstance(recipe.task, ObjectEncoder) or last is None:
+        raise RecipeError(f"{run}: no checkpoint of an object encoder in it (task.kind = {recipe.task.kind!r})")
+    return assemble(load_diffuser(recipe.model, device), last), recipe
+
+
+def assemble(diffuser: Diffuser, folder: Path) -> Customizer:
+    """A base model with a folder's IP-Adapter file and image encoder, and its tuned UNet if there is one."""
+    state = object_adapter.read(folder / object_adapter.FILE)
+    tokens = object_adapter.tokens_of(state)
+    encoder = object_condition.load(folder / object_condition.FOLDER, tokens, diffuser.device)
+    tuned = any((folder / name).is_dir() for name in ("unet", trainable.LORA_FOLDER))
+    unet: Any = trainable.load(diffuser, folder)["unet"] if tuned else copy.deepcopy(diffuser.unet)
+    set_attention(unet, "auto", diffuser.device)
+    object_adapter.install(unet, state, eager=diffuser.device.type == "cpu")
+    return Customizer(diffuser, freeze(unet), encoder)
+
+
+def customize_file(
+    image: Path, mask: Path | None, prompt: str, run: Path, out: Path, num: int, seed: int, guidance: Guidance
+) -> Path:
+    """The pictures of `craftor customize`, on one sheet. Raises RecipeError for files that cannot be used."""
+    try:
+        reference = read_reference(image.read_bytes(), mask.read_bytes() if mask else None)
+    except ValueError as error:
+        raise RecipeError(f"{image}: {error}") from None
+    customizer, _ = load(run)
+    noise = seeds.normal(seed, range(num), "customize", customizer.diffuser.latent_shape)
+    made = customizer.generate([prompt] * num, reference.expand(num, -1, -1, -1), noise, guidance)
+    save_sheet(made.clamp(0, 1), out)
+    return out
+
+
+def read_reference(image: bytes, mask: bytes | None) -> Float[Tensor, "1 3 H W"]:
+    """An uploaded picture, cut out by its mask or by its own transparency; whole where it has neither."""
+    picture = uploads.picture(image)
+    where = picture.alpha if mask is None else uploads.mask(mask)
+    if where is None:
+        return picture.image[None]
+    return object_condition.cut_out(picture.image[None], where[None])

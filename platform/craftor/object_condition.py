@@ -1,0 +1,90 @@
+"""An object's pictures -> what its cross-attention reads, by a frozen CLIP image encoder.
+
+The object is cut out by its mask and put on a fill, so that what the encoder sees of it carries no background.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from transformers import CLIPVisionModelWithProjection
+from transformers.utils import logging
+
+from craftor.diffuser import freeze
+from craftor.locate import locate
+from craftor.object_adapter import Tokens
+from craftor_rewards.preprocess import preprocess
+
+FOLDER = "image_encoder"
+NEUTRAL = 0.5
+
+
+@dataclass(frozen=True)
+class ImageEncoder:
+    """A frozen `CLIPVisionModelWithProjection`, read at its pooled embedding or at its penultimate layer's tokens."""
+
+    model: CLIPVisionModelWithProjection
+    tokens: Tokens
+
+    @property
+    def size(self) -> int:
+        """Width and height in pixels of what it sees."""
+        return self.model.config.image_size
+
+    @property
+    def width(self) -> int:
+        return self.model.config.projection_dim if self.tokens == "pooled" else self.model.config.hidden_size
+
+    @torch.no_grad()
+    def __call__(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b 1 *tokens d"]:
+        """One reference a row, in [0, 1], as `added_cond_kwargs["image_embeds"]` takes it.
+
+        Pictures that are not square get bars of the neutral fill: cropping would cut off what is to be shown.
+        """
+        height, width = images.shape[2:]
+        gap_x, gap_y = max(0, height - width), max(0, width - height)
+        bars = (gap_x // 2, gap_x - gap_x // 2, gap_y // 2, gap_y - gap_y // 2)
+        square = F.pad(images.float(), bars, value=NEUTRAL)
+        pixels = preprocess(square, self.size).to(self.model.device)
+        if self.tokens == "pooled":
+            return self.model(pixel_values=pixels).image_embeds[:, None]
+        return self.model(pixel_values=pixels, output_hidden_states=True).hidden_states[-2][:, None]
+
+
+def load(path: str | Path, tokens: Tokens, device: torch.device | str = "cpu") -> ImageEncoder:
+    """From a folder, a hub id or `micro:NAME` with a CLIP: its vision tower is read, a text tower left aside.
+
+    Raises ValueError where it is none.
+    """
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # a whole CLIP has a text tower too, of which every tensor would be reported
+    try:
+        model, report = CLIPVisionModelWithProjection.from_pretrained(
+            locate(str(path)), dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    except OSError as error:
+        raise ValueError(
+            f"image encoder {str(path)!r}: no CLIP there and none in the local hub cache ({error})"
+        ) from None
+    finally:
+        logging.set_verbosity(level)
+    if wrong := sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"])):
+        raise ValueError(f"image encoder {str(path)!r}: {len(wrong)} weights missing, the first is {wrong[0]}")
+    return ImageEncoder(freeze(model).to(device), tokens)
+
+
+def cut_out(
+    images: Float[Tensor, "b 3 H W"], masks: Float[Tensor, "b 1 H W"], fill: float = NEUTRAL
+) -> Float[Tensor, "b 3 H W"]:
+    """Objects on a plain fill. Raises ValueError for masks of another size, and for an empty one."""
+    if masks.shape[2:] != images.shape[2:] or len(masks) != len(images):
+        raise ValueError(
+            f"{len(masks)} masks of {masks.shape[3]}x{masks.shape[2]} pixels for {len(images)} images of "
+            f"{images.shape[3]}x{images.shape[2]}; allowed: one of the same size for each"
+        )
+    if (empty := (masks.flatten(1).amax(1) == 0).nonzero().flatten()).numel():
+        raise ValueError(f"mask {int(empty[0])} is empty: there is no object in it")
+    return torch.lerp(torch.full_like(images, fill), images, masks)

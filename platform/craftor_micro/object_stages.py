@@ -1,0 +1,53 @@
+"""The stages of `craftor_micro.build` for objects with an identity: their scorer, and what an encoder learns from."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from craftor_micro.identity import IdentityScorer
+from craftor_micro.identity_training import render_object_pool, score_identity_scorer, train_identity_scorer
+from craftor_micro.object_pairs import write_object_pairs
+from craftor_micro.stages import PARTS, WEIGHTS, Out, Renders, Seed, Steps, begin, finish
+
+app = typer.Typer()
+
+
+@app.command("identity")
+def make_identity_scorer(
+    out: Out = WEIGHTS / "identity",
+    steps: Steps = 1300,
+    start: Annotated[Path | None, typer.Option(help="Continue from this scorer; give another seed too.")] = None,
+    renders: Renders = 15_000,
+    seed: Seed = 11_001,
+) -> None:
+    """The identity scorer: which object of thousands is in an image."""
+    started = begin(seed)
+    before = json.loads((start / "scores.json").read_text()) if start else None
+    scorer = IdentityScorer.load(start).requires_grad_(True) if start else IdentityScorer()
+    train_identity_scorer(scorer, render_object_pool(renders, seed), num_steps=steps, seed=seed + 1)
+    scorer.save(out)
+    scores = score_identity_scorer(IdentityScorer.load(out), 1000, seed + 2)
+    finish(out, seed, started, scores, continued=before)
+
+
+@app.command("object-pairs")
+def make_object_pairs(
+    out: Out = PARTS / "object_pairs",
+    num: int = 48_000,
+    domain_share: Annotated[float, typer.Option(help="Share of rows with an object.")] = 0.5,
+    self_pairs: Annotated[bool, typer.Option(help="The reference is the target itself.")] = False,
+    workers: Annotated[int, typer.Option(help="Rendering processes.")] = 2,
+    seed: Seed = 1,
+) -> None:
+    """What recipes/micro_object_encoder.toml learns from: objects with another view of each, and general renders."""
+    write_object_pairs(
+        WEIGHTS / "base",
+        out,
+        num=num,
+        seed=seed,
+        domain_share=domain_share,
+        self_pairs=self_pairs,
+        num_workers=workers,
+    )
