@@ -29,7 +29,7 @@ from craftor.tasks.reward_tuning import RewardTuningTask
 class Action(NamedTuple):
     """One stochastic step of a rollout: where it was taken, its mean under the policy that took it, and its noise."""
 
-    index: int
+    step_index: int
     latents: Tensor
     mean: Tensor
     noise: Tensor
@@ -152,7 +152,7 @@ class PolicyGradientTask(RewardTuningTask):
         return [self._mean(self.base, action, original) for action in actions]
 
     def _mean(self, guided: Guided, action: Action, prompt: Prompt) -> Tensor:
-        noisy_step = self.noisy[action.index]
+        noisy_step = self.noisy[action.step_index]
         return noisy_step.mean(action.latents, guided.output(action.latents, prompt, noisy_step.step.timestep))
 
     def _advantages(self, total: Tensor, numbers: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ class PolicyGradientTask(RewardTuningTask):
         names = ("loss", "clipped", "kl") if self.policy.kl_weight else ("loss", "clipped")
         figures = {name: torch.zeros_like(advantage) for name in names}
         for action, base_mean in zip(actions, base_means, strict=True):
-            deviation = self.noisy[action.index].deviation
+            deviation = self.noisy[action.step_index].deviation
             mean = self._mean(self.guided, action, leaves)
             ratio = log_ratio(mean, action.mean, action.noise, deviation).exp()
             loss = objective.policy_loss(ratio, advantage, self.policy.clip_range)
