@@ -1,10 +1,8 @@
 """Methods that train nothing: longer prompts, the best of several, and how `evaluate` sets them beside the base."""
 
-import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -82,7 +80,9 @@ def test_methods_are_paired_with_the_base_and_blind_to_batches(base: Base) -> No
 
 
 def test_evaluation_compares_methods_and_a_reward_without_gradient_with_the_base(tmp_path: Path) -> None:
-    from craftor.evaluate import Scorer, held_out_prompts, summarise
+    from craftor.baselines.methods import known_to
+    from craftor.evaluate import Scorer, held_out_prompts
+    from craftor.evaluation_summary import summarise
     from craftor.locate import locate, shipped_recipe
 
     recipe = load_recipe(
@@ -102,13 +102,11 @@ def test_evaluation_compares_methods_and_a_reward_without_gradient_with_the_base
         },
     )
     shutil.copytree(Path(locate("micro:base")) / "text_encoder", tmp_path / "text_encoder")
-    scorer = Scorer(recipe.model_dump(by_alias=True), [{"folder": str(tmp_path), "weight": 1.0, "steps": (1, 2)}])
+    scorer = Scorer(recipe.model_dump(by_alias=True), [{"folder": str(tmp_path), "weight": 1.0, "steps": (1, 2)}], 0)
     assert recipe.evaluation is not None
-    rows = held_out_prompts(recipe.evaluation)
-    batch = {name: np.array([row[name] for row in rows], dtype=object) for name in rows[0]}
-    images = [image for found in scorer(batch)["results"] for image in json.loads(found)]
+    images = scorer.images(held_out_prompts(recipe.evaluation))
     images.sort(key=lambda image: (image["number"], image["seed"], image["variant"]))
-    found = summarise(images, recipe.task, recipe.evaluation.methods)
+    found = summarise(images, {"compressibility", "total"}, known_to(recipe.evaluation.methods))
     assert found["metrics"]["compressibility"]["delta"] == 0, "the same encoder twice"
     assert not found["metrics"]["compressibility"]["held_out"] and found["metrics"]["accuracy"]["held_out"]
     longer, small = found["methods"]["longer"], found["methods"]["small"]
