@@ -1,6 +1,7 @@
 """Prompt suites: the published files are read whole, by category; another version, a missing category are refused."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from craftor import suites
 from craftor.suites import SUITES, Row, SuiteError, load, select
 
-DATA = Path("/work/shared/data")
+DATA = Path(os.environ.get("CRAFTOR_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 WHERE = {
     "parti": "partiprompts",
     "hpsv2": "hpsv2_benchmark/hpsv2_benchmark_prompts.json",

@@ -29,6 +29,7 @@ def predict(recipe: Recipe, work: Work) -> Prediction:
     share = -(-recipe.run.batch_size // recipe.workers.most)
     at_once = min(share, recipe.run.micro_batch or share)
     # Reward tuning's task, which has a diffuser: `plan` refuses others before.
+    # Every task that is planned tunes by reward and has a diffuser, which the protocol of tasks does not promise.
     rows = sample_rows(task.diffuser.tokenize([PROMPT] * min(at_once, SAMPLES)), recipe)  # type: ignore[attr-defined]
     size = len(rows.position)
     with counting() as counter:

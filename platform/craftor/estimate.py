@@ -157,6 +157,7 @@ def pipeline_parts(recipe: Recipe) -> dict[str, Part]:
             length = config.max_position_embeddings
             encoder, ids = family(config), torch.zeros(1, length, dtype=torch.int64)
             # mypy infers no type for a lambda with defaults.
+            # mypy infers no type for a lambda whose defaults bind the loop's values.
             parts[name] = measure(encoder.requires_grad_(name in trains), lambda e=encoder, i=ids: e(i)[0])  # type: ignore[misc]
         embeds = torch.randn(rows, length, unet.config.cross_attention_dim, requires_grad=True)
         added = None
