@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from typer.testing import CliRunner
 
 from conftest import save_tiny_clip
-from craftor.rewards_command import MICRO, app
+from craftor.commands.rewards import MICRO, app
 from craftor_rewards import CATALOGUE, REWARDS, ClipScore, build, catalogue, declaration, probes
 from craftor_rewards import clip as clip_module
 from craftor_rewards.loading import find, is_here, verify
@@ -183,7 +183,7 @@ FETCH = """
 import sys
 from huggingface_hub import constants
 from typer.testing import CliRunner
-from craftor.rewards_command import app
+from craftor.commands.rewards import app
 from craftor_rewards import CATALOGUE
 from craftor_rewards.catalogue import Weights
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from craftor.commands.rewards import wide_console
 from craftor.recipe import RecipeError
-from craftor.rewards_command import wide_console
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient

@@ -1,0 +1,54 @@
+"""`craftor serve | customize`: images, over HTTP from any mixture of encoders, or here of a given object."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from craftor.recipe import RecipeError, load_run
+
+app = typer.Typer()
+
+
+@app.command()
+def serve(
+    recipe: Annotated[Path, typer.Argument(help="A TOML file, such as recipes/micro_serve.toml.")],
+    port: Annotated[int | None, typer.Option(help="Instead of the file's.")] = None,
+) -> None:
+    """Serve images from any mixture of encoders over HTTP, on Ray Serve, with a playground for the browser."""
+    from craftor.serving.settings import load as load_serving
+
+    settings = load_serving(recipe)
+    if port is not None:
+        settings = settings.model_copy(update={"http": settings.http.model_copy(update={"port": port})})
+    from craftor.serving.deployment import serve_for_ever
+
+    serve_for_ever(settings)
+
+
+@app.command()
+def customize(
+    image: Annotated[Path, typer.Option(help="A picture of the object; its transparency is its mask.")],
+    prompt: Annotated[str, typer.Option(help="The scene to put it in.")],
+    mask: Annotated[Path | None, typer.Option(help="Where the object is: white, or opaque.")] = None,
+    encoder: Annotated[Path, typer.Option(help="A run of an object encoder.")] = Path("runs/micro-object-encoder"),
+    out: Annotated[Path, typer.Option(help="The picture, or a sheet of several.")] = Path("customized.png"),
+    num: Annotated[int, typer.Option(min=1, help="Pictures to make.")] = 4,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
+    text_weight: Annotated[float, typer.Option(min=0, help="Guidance by the prompt.")] = 4.0,
+    object_weight: Annotated[float, typer.Option(min=0, help="Guidance by the object.")] = 4.0,
+    object_from: Annotated[int, typer.Option(min=0, help="First denoising step that sees the object.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
+) -> None:
+    """Put the object of one picture into new ones, in one pass of its encoder."""
+    for path in (image, *([mask] if mask else [])):
+        if not path.is_file():
+            raise RecipeError(f"{path}: no such file")
+    load_run(encoder)
+    from craftor.customize import Guidance, customize_file
+
+    print(
+        customize_file(
+            image, mask, prompt, encoder, out, num, seed, Guidance(steps, text_weight, object_weight, object_from)
+        )
+    )
