@@ -73,7 +73,9 @@ def _images(app: FastAPI, service: Service, everywhere: Everywhere | None) -> No
         x_deadline_ms: Annotated[int | None, Header(ge=1, le=86_400_000)] = None,
     ) -> Response:
         """Images of a prompt. `X-Deadline-Ms`: refuse at once (429) what cannot be done by then."""
-        images = service.interpreter.images(body, client)
+        # A token's owner may ask for many users; without tokens, an address is the best there is.
+        address = request.client.host if request.client and not settings.tokens else ""
+        images = service.interpreter.images(body, f"{client}/{body.user or address}")
         if not engine.alive:
             raise ApiError(503, "this replica has failed; ask again", code="replica_failed")
         job = service.jobs.name(x_job_id)

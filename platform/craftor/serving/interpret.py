@@ -32,8 +32,8 @@ class Interpreter:
         own = {f"{width}x{height}": (height, width)}
         return own | {size: (int(h), int(w)) for size in self.settings.limits.sizes for w, h in [size.split("x")]}
 
-    def images(self, body: Generation, client: str) -> list[ImageRequest]:
-        """All images of a request: mixture by mixture, seeds in order."""
+    def images(self, body: Generation, caller: str) -> list[ImageRequest]:
+        """All images of a request: mixture by mixture, seeds in order. Canaries are drawn by `caller`."""
         limits, defaults = self.settings.limits, self.settings.defaults
         if body.model not in (None, self.settings.name):
             raise ApiError(
@@ -51,13 +51,17 @@ class Interpreter:
         guidance = _at_most(guidance, "guidance_scale", limits.guidance_scale)
         if body.partial_images and not body.stream:
             raise ApiError(400, "partial_images: goes with stream = true", param="partial_images", code="invalid_value")
+        if body.stream and body.response_format == "url":
+            message = "response_format: 'url' does not go with stream = true"
+            raise ApiError(400, message, param="response_format", code="invalid_value")
         if body.sweep is not None and body.mix:
             raise ApiError(400, "sweep: stands in for mix; give one of them", param="sweep", code="invalid_value")
         mixes = [("mix", body.mix)] if body.sweep is None else [(f"sweep.{i}", m) for i, m in enumerate(body.sweep)]
         param = "n" if body.sweep is None else "sweep"
-        _at_most(body.n * len(mixes), param, limits.images, what="images of one request")
+        count = body.n or 1
+        _at_most(count * len(mixes), param, limits.images, what="images of one request")
         seed = secrets.randbelow(2**32) if body.seed is None else body.seed
-        if seed + body.n - 1 > MAX_SEED:
+        if seed + count - 1 > MAX_SEED:
             raise ApiError(400, f"seed: {seed} + n is over {MAX_SEED}", param="seed", code="invalid_value")
         size = self._size(body.size)
         upload = _upload(body, size)
@@ -74,8 +78,8 @@ class Interpreter:
                 upload=upload,
                 previews=body.partial_images or 0,
             )
-            for shares in [self._shares(mix, param, f"{client}/{body.user or ''}") for param, mix in mixes]
-            for k in range(body.n)
+            for shares in [self._shares(mix, param, caller) for param, mix in mixes]
+            for k in range(count)
         ]
 
     def _size(self, text: str | None) -> tuple[int, int]:
@@ -108,6 +112,8 @@ class Interpreter:
         if "base" not in mix:
             return
         part = mix["base"]
+        if isinstance(part, Portion) and (part.first, part.last) != (None, None):
+            raise MixtureError("base acts at every timestep, with what the others leave there: no from or to")
         weight = part.weight if isinstance(part, Portion) else part
         total = sum(share.weight for share in shares)
         if not math.isclose(weight + total, 1, abs_tol=1e-6):
