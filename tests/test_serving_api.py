@@ -28,6 +28,7 @@ from craftor.serving import tracing, webhook
 from craftor.serving.api import Everywhere, build_app
 from craftor.serving.generation import begin
 from craftor.serving.jobs import NOT_HERE
+from craftor.serving.metrics import Metrics
 from craftor.serving.provenance import png
 from craftor.serving.service import Service, service
 from craftor.serving.settings import Serving
@@ -125,6 +126,18 @@ def test_openais_client_streams_previews(url: str) -> None:
     assert events[-1].b64_json == whole.data[0].b64_json, "streamed or not, the same bytes"
 
 
+def test_openais_client_hears_that_its_stream_was_cancelled(url: str) -> None:
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="alice-secret", max_retries=0)
+    body = {"steps": 500, "seed": 1}
+    stream = client.images.generate(
+        prompt=PROMPT, stream=True, partial_images=16, extra_body=body, extra_headers={"X-Job-Id": "streamed"}
+    )
+    assert next(iter(stream)).type == "image_generation.partial_image"
+    assert client.delete("/jobs/streamed", cast_to=dict[str, object])["cancelled_images"] == 1
+    with pytest.raises(openai.APIError, match="the job was cancelled"):
+        list(stream)
+
+
 def test_a_picture_tells_where_it_came_from(http: TestClient, served: Service) -> None:
     answer = ask(http, mix={"tuned1": {"weight": 0.5, "from": 800, "to": 100}, "base": 0.5}, steps=4)
     (data,) = pictures(answer)
@@ -134,6 +147,11 @@ def test_a_picture_tells_where_it_came_from(http: TestClient, served: Service) -
     assert member["sha256"] == served.library.table["tuned1"].sha256
     assert (member["weight"], member["from"], member["to"], member["steps"]) == (0.5, 800, 100, [1, 4])
     assert inside["seed"] == 1 and inside["engine"]["bucket"] == 4 and inside["engine"]["mode"] == "strict"
+
+
+def test_null_is_what_is_not_said(http: TestClient) -> None:
+    nothing = dict.fromkeys(("n", "size", "response_format", "stream", "partial_images", "quality", "user", "steps"))
+    assert pictures(ask(http, **nothing)) == pictures(ask(http))
 
 
 def test_each_encoder_acts_in_the_window_of_its_training(http: TestClient) -> None:
@@ -225,6 +243,8 @@ def test_urls_lead_to_the_same_bytes_for_a_while(http: TestClient, served: Servi
         ({"guidance_scale": 1e9}, "guidance_scale", "allowed: up to 30"),
         ({"scheduler": "magic"}, "scheduler", "'ddim', 'euler' or 'dpm_solver_2m'"),
         ({"partial_images": 2}, "partial_images", "goes with stream"),
+        ({"stream": True, "response_format": "url"}, "response_format", "'url' does not go with stream"),
+        ({"mix": {"base": {"weight": 1.0, "from": 500}}}, "mix", "base acts at every timestep"),
         ({"style": "vivid"}, "style", "parameter not supported here: style"),
         ({"quality": "hd"}, "quality", "Input should be 'auto'"),
         ({"image": "?"}, "image", "image: not base64"),
@@ -262,6 +282,9 @@ def test_weights_that_are_not_finite_are_refused(http: TestClient, weight: str) 
         (b"[]", 400, "invalid_value"),
         (b"null", 400, "invalid_value"),
         (b"\xff\xfe", 400, None),
+        (rb'{"prompt": "\ud800"}', 400, "invalid_value"),
+        (rb'{"prompt": "star", "mix": {"\ud800": 1}}', 400, "encoder_not_found"),
+        (rb'{"prompt": "star", "\ud800": 1}', 400, "invalid_value"),
         (b"[" * 4000, 400, None),
         (b'{"prompt": "' + b"x" * 20_000 + b'"}', 413, "body_too_large"),
     ],
@@ -433,7 +456,14 @@ def test_what_concerns_all_replicas_reaches_them(served: Service) -> None:
     async def look() -> None:
         told.append(("look",))
 
-    with TestClient(build_app(served, Everywhere(cancel, look)), headers=ALICE) as http:
+    async def metrics() -> dict[str, bytes]:
+        return {"one": served.metrics.text(), "two": Metrics().text()}
+
+    with TestClient(build_app(served, Everywhere(cancel, look, metrics)), headers=ALICE) as http:
+        text = http.get("/metrics").text
+        assert text.count("# TYPE craftor_slots_total counter") == 1
+        assert 'craftor_slots_total{replica="two"} 0.0' in text
+        assert text.count('craftor_step_seconds_bucket{le="+Inf"') == 2
         assert http.delete("/v1/jobs/there").json()["cancelled_images"] == 3
         assert http.delete("/v1/jobs/nowhere").status_code == 404
         assert http.post("/v1/encoders/refresh").status_code == 202
@@ -486,6 +516,7 @@ def test_a_promotion_in_the_registry_reaches_the_endpoint(
         "canaries": {"style": {"source": "style@candidate", "share": 0.5}},
         "runs": str(tmp_path / "runs"),
         "engine": {"bucket": 2},
+        "registered": "champion",
         "poll_seconds": 3600.0,
     }
     with service(Serving.model_validate(given)) as one, TestClient(build_app(one)) as http:
@@ -512,3 +543,12 @@ def test_a_promotion_in_the_registry_reaches_the_endpoint(
         while listed()["style"]["version"] != "2" and time.monotonic() < until:
             time.sleep(0.05)
         assert listed()["style"]["version"] == "2" and listed()["style"]["aliases"] == ["candidate", "champion"]
+
+        register(connected, make_bundle(recipe, tmp_path / "3", 3), "fresh", "champion")
+        register(connected, make_bundle(recipe, tmp_path / "4", 4), "unready")
+        http.post("/v1/encoders/refresh")
+        until = time.monotonic() + 20
+        while "fresh" not in listed() and time.monotonic() < until:
+            time.sleep(0.05)
+        assert {"style", "style#canary", "fresh"} == set(listed()) and listed()["fresh"]["source"] == "fresh@champion"
+        assert ask(http, mix={"fresh": 0.5, "style": 0.5}, steps=2)["data"]
