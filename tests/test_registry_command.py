@@ -82,6 +82,9 @@ def test_a_run_from_elsewhere_brings_its_lineage_and_scores(recipe: Recipe, runs
     assert re.search(r"quality +7\.00 +7\.50 +\+0\.50 \[\+0\.40, \+0\.60\] ↑ +90% +held out", shown)
 
     craft("register", run, "--name", "again", "--runs", runs)
+    compared = craft("diff", "a", "again", "--runs", runs, "--steps", 2, "--out", tmp_path / "grid.png")
+    assert "models:/again/1 on held-out prompts" in compared and "models:/a/1 on held-out" not in compared
+    assert re.search(r"quality +7\.00 +7\.50 +\+0\.50", compared)
     other = resolve(connected, "again")
     assert other.tags["craftor.sha256"] == found.tags["craftor.sha256"] and other.scores == found.scores
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import openai
@@ -401,9 +402,20 @@ def test_what_operators_read(http: TestClient) -> None:
     assert "clip" in encoders[0]["rewards"]
 
 
-def test_pages_elsewhere_may_not_call(http: TestClient) -> None:
-    answer = http.get("/v1/models", headers={"Origin": "https://elsewhere.example"})
-    assert "access-control-allow-origin" not in answer.headers
+def test_pages_elsewhere_may_not_call_unless_they_are_named(http: TestClient, served: Service) -> None:
+    elsewhere, friend = ({"Origin": f"https://{name}.example"} for name in ("elsewhere", "friend"))
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    allowed = "access-control-allow-origin"
+    assert allowed not in http.get("/v1/models", headers=elsewhere).headers
+    assert http.options("/v1/images/generations", headers=elsewhere | asked).status_code == 405
+    opened = served.settings.http.model_copy(update={"cors_origins": ("https://friend.example",)})
+    settings = served.settings.model_copy(update={"http": opened})
+    with TestClient(build_app(replace(served, settings=settings)), headers=ALICE) as open_to_one:
+        path = "/v1/images/generations"
+        assert open_to_one.options(path, headers=friend | asked).headers[allowed] == "https://friend.example"
+        assert allowed not in open_to_one.options(path, headers=elsewhere | asked).headers
+        refused = open_to_one.post(path, headers=friend | {"Authorization": ""}, json={"prompt": PROMPT})
+        assert refused.status_code == 401 and allowed in refused.headers, "a page may read why"
 
 
 def test_each_image_is_a_span_below_its_callers(http: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -323,6 +323,9 @@ def serve(
     settings = load_serving(recipe)
     if port is not None:
         settings = settings.model_copy(update={"http": settings.http.model_copy(update={"port": port})})
+    from craftor.serving.preflight import check as check_serving
+
+    check_serving(settings, recipe)
     from craftor.serving.deployment import serve_for_ever
 
     serve_for_ever(settings)

@@ -37,8 +37,10 @@ def diff(
     base: Base = None,
     runs: Runs = RUNS,
 ) -> None:
-    """What differs: descriptions, weights by layer, and images of the same prompts and noise (base, A, B)."""
+    """What differs: descriptions, scores, weights by layer, and images of the same prompts and noise (base, A, B)."""
     from craftor.compare import differences, distances
+    from craftor.console import table as scores_table
+    from craftor.versions import resolve
 
     connected, console = connect(runs), wide_console()
     diffuser, (one, other) = load_encoders(connected, [a, b], base)
@@ -46,6 +48,9 @@ def diff(
     for key, values in differences(one.description, other.description).items():
         table.add_row(key, *("" if value is None else str(value) for value in values))
     console.print(table)
+    for encoder in (one, other):
+        if encoder.version is not None and (scores := resolve(connected, encoder.uri).scores):
+            console.print(f"{encoder.uri} on held-out prompts:", scores_table(scores))
     for part in (part for part in one.modules if part in other.modules):
         table = Table(f"{part}: relative distance", "A from base", "B from base", "A from B")
         pairs = ((one, diffuser.encoders), (other, diffuser.encoders), (one, other.modules))

@@ -6,8 +6,9 @@ far above what an engine holds: the engine must see what it is to batch, and ref
 every encoder, so any may answer; what only one of them knows, a job to cancel, is asked of all.
 """
 
-import time
-from contextlib import ExitStack
+import signal
+import threading
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,10 @@ def start(settings: Serving) -> None:
 
 
 def serve_for_ever(settings: Serving) -> None:
-    """What `craftor serve` does: a local Ray, or that of `RAY_ADDRESS`, until interrupted."""
+    """What `craftor serve` does: a local Ray, or that of `RAY_ADDRESS`, until interrupted or told to end (SIGTERM).
+
+    Requests in flight are answered first.
+    """
     with ray_session(num_workers=int(settings.replicas.max * settings.replicas.num_cpus)):
         start(settings)
         http = settings.http
@@ -136,11 +140,11 @@ def serve_for_ever(settings: Serving) -> None:
         print(f"{url}/v1/images/generations", flush=True)
         if http.playground:
             print(f"{url}/playground", flush=True)
-        try:
-            while True:
-                time.sleep(3600)
-        except KeyboardInterrupt:
-            serve.shutdown()
+        told = threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: told.set())
+        with suppress(KeyboardInterrupt):
+            told.wait()
+        serve.shutdown()
 
 
 def _absolute(settings: Serving) -> Serving:

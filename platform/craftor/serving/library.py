@@ -85,8 +85,9 @@ class Library:
         problems: dict[str, str] = {}
         table = dict(self._table)
         try:
-            self.sources = {**self._discover(), **self.sources}
-            for name in self.sources.keys() - self._folders:
+            found = self._discover()
+            self.sources = self.sources | {name: found[name] for name in found if name not in self.sources}
+            for name in (name for name in self.sources if name not in self._folders):
                 try:
                     table[name] = self._load(name, self.sources[name])
                 except (BundleError, EncoderRefused, UnknownEncoder) as error:

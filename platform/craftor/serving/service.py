@@ -44,7 +44,7 @@ class Service:
 @contextmanager
 def service(settings: Serving) -> Iterator[Service]:
     """Load, measure and start; stop at the end of the block. Raises what loading the base and the encoders raises."""
-    base = load(settings.model).hold_rounded()
+    base = load(settings.model, "cuda" if settings.replicas.num_gpus else "cpu").hold_rounded()
     check_sizes(settings, base)
     look_up, discover = _registry(settings)
     library = Library(base, settings.encoders, look_up, settings.canaries, discover)
