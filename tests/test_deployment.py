@@ -36,7 +36,7 @@ def test_the_shipped_files_are_valid_and_mistakes_are_named(tmp_path: Path) -> N
     for text, message in (
         (
             'model = { path = "micro:base" }\nengin = {}',
-            "engin: unknown key; allowed here: canaries, defaults, encoders",
+            "engin: unknown key; allowed here: canaries, controlnet, defaults",
         ),
         ('model = { path = "micro:base" }\nengine = { mode = "quick" }', "engine.mode: Input should be 'strict' or"),
         ('model = { path = "micro:base" }\nhttp = { host = "0.0.0.0" }', "'0.0.0.0' is open to others, and tokens is"),
@@ -57,6 +57,7 @@ def test_what_cannot_start_is_said_in_a_line(tmp_path: Path, monkeypatch: pytest
         for changed, error, message in (
             ({"model": {"path": "micro:bass"}}, RecipeError, "my.toml: micro:bass: not shipped with craftor_micro"),
             ({"model": {"path": "./nothing"}}, RecipeError, "my.toml: model.path = './nothing': no such folder"),
+            ({"controlnet": "./nothing"}, RecipeError, "my.toml: controlnet = './nothing': no such folder"),
             ({"http": {"port": port}}, RecipeError, f"my.toml: http.port = {port}: cannot listen at 127.0.0.1"),
             (
                 {"http": {"port": 0, "certificate": "a", "key": "b"}},

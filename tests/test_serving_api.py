@@ -34,7 +34,7 @@ from craftor.serving.provenance import png
 from craftor.serving.service import Service, service
 from craftor.serving.settings import Serving
 from encoder_bundles import METRICS, make_bundle, new_store, recipe_for, register
-from serving_parts import listening, write_tuned_bundle
+from serving_parts import listening, write_controlnet, write_tuned_bundle
 
 PROMPT = "a small red star"
 TOKENS = {name: f"{name}-secret" for name in ("alice", "bob", "poor", "slow")}
@@ -55,6 +55,7 @@ def settings(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Serving:
         {
             "name": "tiny",
             "model": {"path": str(tiny / "pipeline")},
+            "controlnet": write_controlnet(base, folder / "controlnet"),
             "encoders": bundles,
             "runs": str(folder),
             "engine": {"bucket": 4, "queue_seconds": 60.0},
@@ -178,6 +179,21 @@ def test_pictures_are_begun_from_and_kept_where_the_mask_says(http: TestClient) 
     assert len({drawn, *pictures(answer), *pictures(masked)}) == 3
 
 
+def test_a_controlnets_picture_steers_where_the_server_has_one(http: TestClient, served: Service) -> None:
+    plain = ask(http)
+    steered = ask(http, control_image=SMALL, mix={"tuned1": 0.5}, control_scale=0.5)
+    described = steered["data"][0]["provenance"]
+    assert described["control"] == {"sha256": hashlib.sha256(base64.b64decode(SMALL)).hexdigest(), "scale": 0.5}
+    assert described["engine"]["controlnet"] == served.engine.controlnet.sha256
+    assert "controlnet" not in plain["data"][0]["provenance"]["engine"]
+    assert pictures(steered) != pictures(ask(http, mix={"tuned1": 0.5}))
+    without = served.settings.model_copy(update={"controlnet": None})
+    interpreter = replace(served.interpreter, settings=without)
+    with TestClient(build_app(replace(served, settings=without, interpreter=interpreter)), headers=ALICE) as bare:
+        refused = bare.post("/v1/images/generations", json={"prompt": PROMPT, "control_image": SMALL})
+        assert refused.status_code == 400 and "has no ControlNet" in refused.json()["error"]["message"]
+
+
 def test_a_sweep_is_its_mixtures_one_by_one_with_the_same_seeds(http: TestClient) -> None:
     mixes: list[dict] = [{}, {"tuned1": 0.5}, {"tuned1": 0.5, "tuned2": 0.5}]
     swept = pictures(ask(http, sweep=mixes, n=2))
@@ -259,6 +275,9 @@ def test_urls_lead_to_the_same_bytes_for_a_while(http: TestClient, served: Servi
         ({"mask": "x"}, "mask", "goes with image"),
         ({"strength": 0.5}, "strength", "goes with image"),
         ({"image": PNG_1X1, "strength": 0}, "strength", "greater than 0"),
+        ({"control_image": PNG_1X1}, "control_image", "1x1 pixels, allowed: 32x32, the size asked for"),
+        ({"control_image": SMALL, "control_scale": 3}, "control_scale", "less than or equal to 2"),
+        ({"control_scale": 1}, "control_scale", "goes with control_image"),
     ],
 )
 def test_mistakes_are_400_and_say_what_is_allowed(http: TestClient, body: dict, param: str, message: str) -> None:

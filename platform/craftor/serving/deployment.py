@@ -144,6 +144,7 @@ def serve_for_ever(settings: Serving) -> None:
         signal.signal(signal.SIGTERM, lambda *_: told.set())
         with suppress(KeyboardInterrupt):
             told.wait()
+        serve.delete(APP)  # `shutdown` alone would end the proxies before the answers
         serve.shutdown()
 
 
@@ -156,6 +157,7 @@ def _absolute(settings: Serving) -> Serving:
     return settings.model_copy(
         update={
             "model": settings.model.model_copy(update={"path": fix(settings.model.path)}),
+            "controlnet": settings.controlnet and fix(settings.controlnet),
             "encoders": {name: fix(source) for name, source in settings.encoders.items()},
             "canaries": {
                 name: canary.model_copy(update={"source": fix(canary.source)})

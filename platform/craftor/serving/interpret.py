@@ -7,11 +7,12 @@ from typing import TypeVar
 
 from craftor.diffuser import Diffuser
 from craftor.mixture import MixtureError, check_weights, timesteps
+from craftor.serving.control import Control
 from craftor.serving.errors import ApiError
 from craftor.serving.library import Library, NotServed
 from craftor.serving.schema import MAX_SEED, Generation, Mix, Portion
 from craftor.serving.settings import SIZE, Serving
-from craftor.serving.upload import BadPicture, Upload, read
+from craftor.serving.upload import BadPicture, Upload, read, read_picture
 from craftor.serving.work import ImageRequest, Share
 
 Number = TypeVar("Number", int, float)
@@ -64,7 +65,7 @@ class Interpreter:
         if seed + count - 1 > MAX_SEED:
             raise ApiError(400, f"seed: {seed} + n is over {MAX_SEED}", param="seed", code="invalid_value")
         size = self._size(body.size)
-        upload = _upload(body, size)
+        upload, control = _upload(body, size), self._control(body, size)
         return [
             ImageRequest(
                 prompt=prompt,
@@ -76,11 +77,27 @@ class Interpreter:
                 solver=body.scheduler or defaults.scheduler,
                 size=size,
                 upload=upload,
+                control=control,
                 previews=body.partial_images or 0,
             )
             for shares in [self._shares(mix, param, caller) for param, mix in mixes]
             for k in range(count)
         ]
+
+    def _control(self, body: Generation, size: tuple[int, int]) -> Control | None:
+        if body.control_image is None:
+            if body.control_scale is not None:
+                message = "control_scale: goes with control_image"
+                raise ApiError(400, message, param="control_scale", code="invalid_value")
+            return None
+        if self.settings.controlnet is None:
+            message = "control_image: this server has no ControlNet"
+            raise ApiError(400, message, param="control_image", code="unknown_parameter")
+        try:
+            picture, digest = read_picture(body.control_image, "control_image", size)
+        except BadPicture as error:
+            raise ApiError(400, str(error), param=error.param, code="invalid_value") from None
+        return Control(picture, 1.0 if body.control_scale is None else body.control_scale, digest)
 
     def _size(self, text: str | None) -> tuple[int, int]:
         known = self.sizes

@@ -5,7 +5,7 @@ import socket
 from contextlib import closing
 from pathlib import Path
 
-from craftor.preflight import check_model
+from craftor.preflight import check_hub_id, check_model
 from craftor.recipe import RecipeError
 from craftor.serving.settings import Http, Serving
 
@@ -14,6 +14,8 @@ def check(settings: Serving, source: Path) -> None:
     """Raises RecipeError naming file and key, UnknownEncoder, or TrackingUnreachable."""
     try:
         check_model(settings.model.path)
+        if settings.controlnet is not None and not Path(settings.controlnet).is_dir():
+            check_hub_id("controlnet", settings.controlnet, "config.json")
         _check_address(settings.http)
     except ValueError as error:
         raise RecipeError(f"{source}: {error}") from None

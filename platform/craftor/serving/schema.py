@@ -62,3 +62,7 @@ class Generation(Body):
     """Where to draw anew (white) and where to keep the picture (black); goes with `image`."""
     strength: float | None = Field(None, gt=0, le=1)
     """How much of the way from noise is taken; goes with `image`, by default 0.8."""
+    control_image: str | None = None
+    """A picture that the server's ControlNet reads, where it has one (a file as `image`): edges, depth, a pose."""
+    control_scale: float | None = Field(None, ge=0, le=2)
+    """How much it counts; goes with `control_image`, by default 1."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from craftor.diffuser import load
 from craftor.encoders import resolve, versions
+from craftor.serving.control import load_controlnet
 from craftor.serving.engine import Engine
 from craftor.serving.gate import Gate
 from craftor.serving.interpret import Interpreter, check_sizes
@@ -49,7 +50,8 @@ def service(settings: Serving) -> Iterator[Service]:
     look_up, discover = _registry(settings)
     library = Library(base, settings.encoders, look_up, settings.canaries, discover)
     metrics = Metrics()
-    engine = Engine(base, settings.engine, metrics).start()
+    controlnet = None if settings.controlnet is None else load_controlnet(settings.controlnet, base)
+    engine = Engine(base, settings.engine, metrics, controlnet).start()
     metrics.watch(engine, library)
     watcher = Watcher(library, settings.poll_seconds)
     pictures = Pictures(Path(settings.runs) / "served", settings.http.url_seconds)

@@ -123,6 +123,8 @@ class Serving(Section):
     name: str = Field("craftor", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """What `/v1/models` calls the model."""
     model: Model
+    controlnet: str | None = None
+    """A ControlNet's folder or hub id; images may then be steered by `control_image`."""
     encoders: dict[str, str] = {}
     """The name a mixture uses, and where it comes from: a bundle's folder, or `name@alias`, `name/3`, `name` in the
     MLflow registry. What an alias points to is looked up again every `poll_seconds`."""
