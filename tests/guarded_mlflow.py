@@ -1,33 +1,45 @@
-"""`python guarded_mlflow.py FOLDER`: MLflow's server, with its own stores in FOLDER, behind a user and a password.
+"""`python guarded_mlflow.py FOLDER`: MLflow's server with its own basic-auth app, as `mlflow server` runs it.
 
-Prints its port when it listens. A process of its own, because server and client share MLflow's globals within one.
+Stores lie in FOLDER. Prints its port when it listens. Whoever is logged in may read; `TRAINER` and `READER` have no
+other rights, so each may change what it has made itself. A process of its own, because server and client share
+MLflow's globals within one.
 """
 
-import base64
 import os
 import sys
-from collections.abc import Callable, Iterable
+from pathlib import Path
 
-from mlflow.server import constants
-from werkzeug.exceptions import Unauthorized
-from werkzeug.serving import make_server
+USERS = TRAINER, READER = ("trainer", "trainer's secret"), ("reader", "reader's secret")
+SETTINGS = """[mlflow]
+default_permission = READ
+database_uri = sqlite:///{folder}/users.db
+admin_username = admin
+admin_password = admin's secret
+authorization_function = mlflow.server.auth:authenticate_request_basic_auth
+"""
 
-USER, PASSWORD = "trainer", "secret"
 
+def main(folder: Path) -> None:
+    (folder / "auth.ini").write_text(SETTINGS.format(folder=folder))
+    os.environ |= {"MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini"), "MLFLOW_FLASK_SERVER_SECRET_KEY": "static"}
+    from mlflow.server import constants
 
-def guarded(environ: dict, start: Callable) -> Iterable[bytes]:
-    from mlflow.server import app
+    os.environ |= {
+        constants.BACKEND_STORE_URI_ENV_VAR: f"sqlite:///{folder}/mlflow.db",
+        constants.ARTIFACT_ROOT_ENV_VAR: "mlflow-artifacts:/",
+        constants.ARTIFACTS_DESTINATION_ENV_VAR: f"{folder}/artifacts",
+        constants.SERVE_ARTIFACTS_ENV_VAR: "true",
+    }
+    from mlflow.server import auth
+    from werkzeug.serving import make_server
 
-    wanted = "Basic " + base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
-    return (app if environ.get("HTTP_AUTHORIZATION") == wanted else Unauthorized())(environ, start)
+    app = auth.create_app()
+    for name, password in USERS:
+        auth.store.create_user(name, password)
+    server = make_server("127.0.0.1", 0, app, threaded=True)
+    print(server.server_port, flush=True)
+    server.serve_forever()
 
 
 if __name__ == "__main__":
-    folder = sys.argv[1]
-    os.environ[constants.BACKEND_STORE_URI_ENV_VAR] = f"sqlite:///{folder}/mlflow.db"
-    os.environ[constants.ARTIFACT_ROOT_ENV_VAR] = "mlflow-artifacts:/"
-    os.environ[constants.ARTIFACTS_DESTINATION_ENV_VAR] = f"{folder}/artifacts"
-    os.environ[constants.SERVE_ARTIFACTS_ENV_VAR] = "true"
-    server = make_server("127.0.0.1", 0, guarded, threaded=True)
-    print(server.server_port, flush=True)
-    server.serve_forever()
+    main(Path(sys.argv[1]))

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 import uvicorn
+from diffusers import ControlNetModel
 
 from conftest import write_tiny_recipe
 from craftor import recipe, registry
@@ -41,6 +42,16 @@ def write_tuned_bundle(tiny: Path, base: Diffuser, folder: Path, seed: int) -> P
     tuned_module(base, seed).save_pretrained(trained / "text_encoder", safe_serialization=True)
     settings = recipe.load(write_tiny_recipe(tiny, folder), {"name": f"tuned{seed}"})
     return registry.write_bundle(settings, base, trained, folder / f"tuned{seed}")
+
+
+def write_controlnet(diffuser: Diffuser, folder: Path) -> str:
+    """One with weights of its own, on disk."""
+    torch.manual_seed(3)
+    module = ControlNetModel.from_unet(diffuser.unet, conditioning_embedding_out_channels=(8, 8, 8))
+    for parameter in module.parameters():  # what starts at zero would hide the control
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    module.save_pretrained(folder)
+    return str(folder)
 
 
 def drain(engine: Engine, rows: Sequence[Row], *, seconds: float = 60) -> list[torch.Tensor]:

@@ -13,8 +13,11 @@ import pytest
 
 from craftor.diffuser import load
 from craftor.recipe import Model, RecipeError
+from craftor.serving import service
+from craftor.serving.preflight import check
 from craftor.serving.settings import Serving, parse
 from craftor.serving.settings import load as load_serving
+from craftor.versions import UnknownEncoder
 from serving_parts import replicas, write_tuned_bundle
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +36,7 @@ def test_the_shipped_files_are_valid_and_mistakes_are_named(tmp_path: Path) -> N
     for text, message in (
         (
             'model = { path = "micro:base" }\nengin = {}',
-            "engin: unknown key; allowed here: canaries, defaults, encoders",
+            "engin: unknown key; allowed here: canaries, controlnet, defaults",
         ),
         ('model = { path = "micro:base" }\nengine = { mode = "quick" }', "engine.mode: Input should be 'strict' or"),
         ('model = { path = "micro:base" }\nhttp = { host = "0.0.0.0" }', "'0.0.0.0' is open to others, and tokens is"),
@@ -43,6 +46,45 @@ def test_the_shipped_files_are_valid_and_mistakes_are_named(tmp_path: Path) -> N
         wrong.write_text(text)
         with pytest.raises(RecipeError, match=message):
             load_serving(wrong)
+
+
+def test_what_cannot_start_is_said_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        given = {"model": {"path": "micro:base"}, "http": {"port": 0}, "runs": str(tmp_path / "runs")}
+        for changed, error, message in (
+            ({"model": {"path": "micro:bass"}}, RecipeError, "my.toml: micro:bass: not shipped with craftor_micro"),
+            ({"model": {"path": "./nothing"}}, RecipeError, "my.toml: model.path = './nothing': no such folder"),
+            ({"controlnet": "./nothing"}, RecipeError, "my.toml: controlnet = './nothing': no such folder"),
+            ({"http": {"port": port}}, RecipeError, f"my.toml: http.port = {port}: cannot listen at 127.0.0.1"),
+            (
+                {"http": {"port": 0, "certificate": "a", "key": "b"}},
+                RecipeError,
+                "http.certificate = 'a': no such file",
+            ),
+            ({"encoders": {"style": "style@champion"}}, UnknownEncoder, "no encoder 'style' in the registry"),
+        ):
+            with pytest.raises(error, match=message):
+                check(parse(given | changed, "my.toml"), Path("my.toml"))
+    check(parse(given | {"registered": "champion"}, "my.toml"), Path("my.toml"))
+    with pytest.raises(RecipeError, match="certificate and key go together"):
+        parse(given | {"http": {"certificate": "a"}}, "my.toml")
+
+
+def test_a_replica_that_has_a_gpu_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Seen(Exception):
+        pass
+
+    def load(model: Model, device: str) -> None:
+        raise Seen(device)
+
+    monkeypatch.setattr(service, "load", load)
+    for gpus, device in ((0.0, "cpu"), (0.5, "cuda")):
+        settings = parse({"model": {"path": "micro:base"}, "replicas": {"num_gpus": gpus}}, "my.toml")
+        with pytest.raises(Seen, match=device), service.service(settings):
+            pass
 
 
 def test_the_router_prefers_replicas_that_hold_what_is_asked_for() -> None:

@@ -1,6 +1,7 @@
 """The engine: any rows share a step, no row can tell, and the arithmetic is that of the training rollout."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,11 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLControlNetPipeline,
     StableDiffusionXLPipeline,
 )
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -23,11 +26,12 @@ from craftor.recipe import Model
 from craftor.rollout import Rollout
 from craftor.serving import buckets
 from craftor.serving.admission import Rejected
+from craftor.serving.control import Control, load_controlnet
 from craftor.serving.engine import Engine
 from craftor.serving.settings import EngineSettings
 from craftor.serving.upload import Upload
 from craftor.serving.work import Cancelled, ImageRequest, Share, first_noise
-from serving_parts import drain, encoded, tuned
+from serving_parts import drain, encoded, tuned, write_controlnet
 
 PROMPT = "a small red star"
 
@@ -317,6 +321,57 @@ def test_beginning_from_a_picture_is_diffusers_own(
         **({"mask_image": mask[None], "height": side, "width": side} if masked else {}),
     ).images[0]
     torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("model", ["pipeline", "sdxl"])
+def test_a_controlnet_steers_as_in_diffusers(tiny: Path, tmp_path: Path, model: str) -> None:
+    diffuser = load(Model(path=str(tiny / model)))
+    controlnet = load_controlnet(write_controlnet(diffuser, tmp_path / "controlnet"), diffuser)
+    engine = Engine(diffuser, EngineSettings(bucket=2, queue_seconds=1000), controlnet=controlnet)
+    steered = ImageRequest(PROMPT, seed=4, num_steps=5, guidance_scale=4.0, control=Control(picture(), 0.7, ""))
+    ours, plain = (drain(engine, engine.submit([one]))[0] for one in (steered, replace(steered, control=None)))
+    engine.stop()
+    assert (ours - plain).abs().max() > 1e-2
+    parts = parts_of(diffuser) | {"controlnet": controlnet.module}
+    if model == "sdxl":
+        parts = {name: part for name, part in parts.items() if "safety" not in name}
+        parts |= {"text_encoder_2": diffuser.encoders["text_encoder_2"], "tokenizer_2": diffuser.tokenizer}
+        pipe = StableDiffusionXLControlNetPipeline(**parts, add_watermarker=False)
+    else:
+        pipe = StableDiffusionControlNetPipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(
+        PROMPT,
+        image=picture()[None],
+        controlnet_conditioning_scale=0.7,
+        num_inference_steps=5,
+        guidance_scale=4.0,
+        generator=torch.Generator().manual_seed(4),
+        output_type="pt",
+    ).images[0]
+    torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=1e-4)
+
+
+def test_steered_rows_and_others_share_calls_and_cannot_tell(base: Diffuser, strict: Engine, tmp_path: Path) -> None:
+    controlnet = load_controlnet(write_controlnet(base, tmp_path / "controlnet"), base)
+    engine = Engine(base, EngineSettings(bucket=8, queue_seconds=1000), controlnet=controlnet)
+    share = (Share(tuned(base, 1), 1.0, (999, 500)),)
+    steered = ImageRequest(PROMPT, seed=4, num_steps=5, shares=share, control=Control(picture(), 1.0, ""))
+    (alone,) = drain(engine, engine.submit([steered]))
+    others = various(base)
+    crowd = drain(engine, engine.submit([steered, *others]))
+    engine.stop()
+    assert torch.equal(crowd[0], alone)
+    for image, other in zip(crowd[1:], others, strict=True):
+        assert torch.equal(image, drain(strict, strict.submit([other]))[0]), "as on a server without a ControlNet"
+
+
+def test_other_controlnets_are_refused(base: Diffuser, tiny: Path, tmp_path: Path) -> None:
+    other = write_controlnet(load(Model(path=str(tiny / "sdxl"))), tmp_path / "sdxl")
+    with pytest.raises(ValueError, match="has cross_attention_dim = 32, the model's UNet 16"):
+        load_controlnet(other, base)
+    with pytest.raises(ValueError, match="controlnet = 'nobody/nothing': not a ControlNet in safetensors"):
+        load_controlnet("nobody/nothing", base)
 
 
 def test_inpainting_keeps_what_the_mask_leaves_and_has_the_same_bits_in_a_crowd(base: Diffuser, strict: Engine) -> None:

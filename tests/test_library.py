@@ -116,6 +116,17 @@ def test_a_server_starts_whole_or_not_at_all(registry: Registry, base: Diffuser)
         Library(base, {"style": "style@champion"}, registry.resolve)
 
 
+def test_what_is_new_in_the_registry_is_served_too(registry: Registry, base: Diffuser) -> None:
+    there: dict[str, str] = {}
+    library = Library(base, {"own": str(registry.bundles["2"])}, registry.resolve, discover=lambda: there)
+    assert list(library.table) == ["own"]
+    there |= {"style": "style@champion", "own": "other@champion", "odd": "odd@champion"}
+    library.refresh()
+    assert set(library.table) == {"own", "style"} and library.find("own").version is None, "settings go first"
+    assert library.find("style") is library.find("style@champion")
+    assert list(library.problems) == ["odd"], "what cannot be used is said, and nothing else is lost"
+
+
 def test_the_watcher_looks_at_once_when_hinted(registry: Registry, base: Diffuser) -> None:
     library = Library(base, {"style": "style@champion"}, registry.resolve)
     watcher = Watcher(library, seconds=3600)

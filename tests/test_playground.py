@@ -33,6 +33,18 @@ def url(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield address
 
 
+def test_the_api_has_a_page_that_loads_nothing_from_elsewhere(url: str) -> None:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        page = browser.new_page()
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(f"{url}/docs")
+        page.get_by_text("/v1/images/generations").first.wait_for()
+        assert all(one.startswith((url, "data:")) for one in asked), asked
+        browser.close()
+
+
 @pytest.mark.parametrize("width", [1200, 390])
 def test_type_slide_generate(url: str, width: int) -> None:
     with sync_api.sync_playwright() as playwright:

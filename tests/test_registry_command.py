@@ -82,6 +82,9 @@ def test_a_run_from_elsewhere_brings_its_lineage_and_scores(recipe: Recipe, runs
     assert re.search(r"quality +7\.00 +7\.50 +\+0\.50 \[\+0\.40, \+0\.60\] ↑ +90% +held out", shown)
 
     craft("register", run, "--name", "again", "--runs", runs)
+    compared = craft("diff", "a", "again", "--runs", runs, "--steps", 2, "--out", tmp_path / "grid.png")
+    assert "models:/again/1 on held-out prompts" in compared and "models:/a/1 on held-out" not in compared
+    assert re.search(r"quality +7\.00 +7\.50 +\+0\.50", compared)
     other = resolve(connected, "again")
     assert other.tags["craftor.sha256"] == found.tags["craftor.sha256"] and other.scores == found.scores
 
@@ -93,9 +96,17 @@ def test_promotion_moves_an_alias(runs: Path) -> None:
     assert craft("register", runs.parent / "copy", "--name", "a", "--runs", runs).strip() == "models:/a/2"
     assert craft("promote", "a/2", "--alias", "champion", "--runs", runs).strip() == "a@champion is a/2 (was a/1)"
     assert resolve(connected, "a@champion").version == "2"
+    copy = ("register", runs.parent / "copy", "--name", "a", "--runs", runs)
+    assert craft(*copy, "--tag", "owner=ann", "--tag", "for=print").strip() == "models:/a/3"
+    assert craft("promote", "a@champion", "--runs", runs).strip() == "a@champion is a/3 (was a/2)"
+    assert "owner=ann, for=print" in craft("list", "--runs", runs)
+    assert cell(craft("show", "a", "--runs", runs), "tag owner") == "ann"
+    for tag in ("owner", "=ann", "craftor.sha256=0"):
+        with pytest.raises(RecipeError, match="expected KEY=VALUE"):
+            craft(*copy, "--tag", tag)
     with pytest.raises(BundleError, match="'a@b': a name has letters, digits"):
         craft("register", runs.parent / "copy", "--name", "a@b", "--runs", runs)
-    with pytest.raises(encoders.UnknownEncoder, match="of a there are: @champion, @candidate, /2, /1"):
+    with pytest.raises(encoders.UnknownEncoder, match="of a there are: @champion, @candidate, /3, /2, /1"):
         craft("promote", "a/7", "--runs", runs)
 
 
@@ -116,6 +127,11 @@ def test_diff_shows_what_differs(recipe: Recipe, runs: Path, tmp_path: Path) -> 
     assert picture.size == (3 * 32, 2 * 32)
     tiles = [picture.crop((32 * i, 0, 32 * i + 32, 32)).tobytes() for i in range(3)]
     assert len(set(tiles)) == 3
+    shown = craft("show", "b", "--grid", tmp_path / "b.png", *common[2:])
+    assert "columns: base, models:/b/1; seed 0" in shown.replace("\n", " ")
+    beside = Image.open(tmp_path / "b.png")
+    assert beside.size == (2 * 32, 2 * 32)
+    assert [beside.crop((32 * i, 0, 32 * i + 32, 32)).tobytes() for i in range(2)] == [tiles[0], tiles[2]]
     craft("diff", "a", "a", *common)
     picture = Image.open(grid)
     assert picture.crop((32, 0, 64, 64)).tobytes() == picture.crop((64, 0, 96, 64)).tobytes()
@@ -214,6 +230,7 @@ def test_a_base_that_is_not_here_can_be_named(recipe: Recipe, runs: Path, tmp_pa
 
 @pytest.fixture
 def guarded_server(tmp_path: Path) -> Iterator[str]:
+    pytest.importorskip("flask_wtf", reason="mlflow[auth] is not installed")
     store = tmp_path / "server"
     store.mkdir()
     (store / "mlflow.db").write_bytes(empty_store())
@@ -230,18 +247,29 @@ def guarded_server(tmp_path: Path) -> Iterator[str]:
 def test_a_server_with_authentication(
     guarded_server: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """MLflow's own: who trains registers and promotes, who serves may only read, and nobody else gets in."""
     monkeypatch.setenv("CRAFTOR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", guarded_server)
-    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", guarded_mlflow.USER)
-    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
+
+    def log_in(name: str, password: str) -> None:
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", name)
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
+
+    log_in(guarded_mlflow.TRAINER[0], "wrong")
     with pytest.raises(tracking.TrackingUnreachable, match="401"):
         craft("list")
-    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", guarded_mlflow.PASSWORD)
+    log_in(*guarded_mlflow.TRAINER)
     run = make_run(recipe, tmp_path / "run", seed=1)
     assert craft("register", run, "--alias", "candidate").strip() == "models:/tiny/1"
     assert craft("promote", "tiny@candidate").strip() == "tiny@champion is tiny/1"
+    assert list((tmp_path / "server" / "artifacts").rglob("model.safetensors"))  # they went through the server
+
+    log_in(*guarded_mlflow.READER)
+    shutil.rmtree(tmp_path / "cache")
     assert "quality +0.5" in craft("list")
     found = resolve(tracking.client(tmp_path), "tiny@champion")
     assert load_encoder(found, load(recipe.model)).window == (499, 0)
-    assert list((tmp_path / "server" / "artifacts").rglob("model.safetensors"))  # they went through the server
+    for forbidden in (("promote", "tiny", "--alias", "mine"), ("register", run)):
+        with pytest.raises(tracking.TrackingUnreachable, match="(?i)permission"):
+            craft(*forbidden)
     assert os.environ["MLFLOW_TRACKING_URI"] == guarded_server

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import openai
@@ -28,11 +29,12 @@ from craftor.serving import tracing, webhook
 from craftor.serving.api import Everywhere, build_app
 from craftor.serving.generation import begin
 from craftor.serving.jobs import NOT_HERE
+from craftor.serving.metrics import Metrics
 from craftor.serving.provenance import png
 from craftor.serving.service import Service, service
 from craftor.serving.settings import Serving
 from encoder_bundles import METRICS, make_bundle, new_store, recipe_for, register
-from serving_parts import listening, write_tuned_bundle
+from serving_parts import listening, write_controlnet, write_tuned_bundle
 
 PROMPT = "a small red star"
 TOKENS = {name: f"{name}-secret" for name in ("alice", "bob", "poor", "slow")}
@@ -53,6 +55,7 @@ def settings(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Serving:
         {
             "name": "tiny",
             "model": {"path": str(tiny / "pipeline")},
+            "controlnet": write_controlnet(base, folder / "controlnet"),
             "encoders": bundles,
             "runs": str(folder),
             "engine": {"bucket": 4, "queue_seconds": 60.0},
@@ -125,6 +128,18 @@ def test_openais_client_streams_previews(url: str) -> None:
     assert events[-1].b64_json == whole.data[0].b64_json, "streamed or not, the same bytes"
 
 
+def test_openais_client_hears_that_its_stream_was_cancelled(url: str) -> None:
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="alice-secret", max_retries=0)
+    body = {"steps": 500, "seed": 1}
+    stream = client.images.generate(
+        prompt=PROMPT, stream=True, partial_images=16, extra_body=body, extra_headers={"X-Job-Id": "streamed"}
+    )
+    assert next(iter(stream)).type == "image_generation.partial_image"
+    assert client.delete("/jobs/streamed", cast_to=dict[str, object])["cancelled_images"] == 1
+    with pytest.raises(openai.APIError, match="the job was cancelled"):
+        list(stream)
+
+
 def test_a_picture_tells_where_it_came_from(http: TestClient, served: Service) -> None:
     answer = ask(http, mix={"tuned1": {"weight": 0.5, "from": 800, "to": 100}, "base": 0.5}, steps=4)
     (data,) = pictures(answer)
@@ -134,6 +149,11 @@ def test_a_picture_tells_where_it_came_from(http: TestClient, served: Service) -
     assert member["sha256"] == served.library.table["tuned1"].sha256
     assert (member["weight"], member["from"], member["to"], member["steps"]) == (0.5, 800, 100, [1, 4])
     assert inside["seed"] == 1 and inside["engine"]["bucket"] == 4 and inside["engine"]["mode"] == "strict"
+
+
+def test_null_is_what_is_not_said(http: TestClient) -> None:
+    nothing = dict.fromkeys(("n", "size", "response_format", "stream", "partial_images", "quality", "user", "steps"))
+    assert pictures(ask(http, **nothing)) == pictures(ask(http))
 
 
 def test_each_encoder_acts_in_the_window_of_its_training(http: TestClient) -> None:
@@ -157,6 +177,21 @@ def test_pictures_are_begun_from_and_kept_where_the_mask_says(http: TestClient) 
     }
     masked = ask(http, **body | {"mask": "data:image/png;base64," + base64.b64encode(png(half)).decode()})
     assert len({drawn, *pictures(answer), *pictures(masked)}) == 3
+
+
+def test_a_controlnets_picture_steers_where_the_server_has_one(http: TestClient, served: Service) -> None:
+    plain = ask(http)
+    steered = ask(http, control_image=SMALL, mix={"tuned1": 0.5}, control_scale=0.5)
+    described = steered["data"][0]["provenance"]
+    assert described["control"] == {"sha256": hashlib.sha256(base64.b64decode(SMALL)).hexdigest(), "scale": 0.5}
+    assert described["engine"]["controlnet"] == served.engine.controlnet.sha256
+    assert "controlnet" not in plain["data"][0]["provenance"]["engine"]
+    assert pictures(steered) != pictures(ask(http, mix={"tuned1": 0.5}))
+    without = served.settings.model_copy(update={"controlnet": None})
+    interpreter = replace(served.interpreter, settings=without)
+    with TestClient(build_app(replace(served, settings=without, interpreter=interpreter)), headers=ALICE) as bare:
+        refused = bare.post("/v1/images/generations", json={"prompt": PROMPT, "control_image": SMALL})
+        assert refused.status_code == 400 and "has no ControlNet" in refused.json()["error"]["message"]
 
 
 def test_a_sweep_is_its_mixtures_one_by_one_with_the_same_seeds(http: TestClient) -> None:
@@ -225,6 +260,8 @@ def test_urls_lead_to_the_same_bytes_for_a_while(http: TestClient, served: Servi
         ({"guidance_scale": 1e9}, "guidance_scale", "allowed: up to 30"),
         ({"scheduler": "magic"}, "scheduler", "'ddim', 'euler' or 'dpm_solver_2m'"),
         ({"partial_images": 2}, "partial_images", "goes with stream"),
+        ({"stream": True, "response_format": "url"}, "response_format", "'url' does not go with stream"),
+        ({"mix": {"base": {"weight": 1.0, "from": 500}}}, "mix", "base acts at every timestep"),
         ({"style": "vivid"}, "style", "parameter not supported here: style"),
         ({"quality": "hd"}, "quality", "Input should be 'auto'"),
         ({"image": "?"}, "image", "image: not base64"),
@@ -238,6 +275,9 @@ def test_urls_lead_to_the_same_bytes_for_a_while(http: TestClient, served: Servi
         ({"mask": "x"}, "mask", "goes with image"),
         ({"strength": 0.5}, "strength", "goes with image"),
         ({"image": PNG_1X1, "strength": 0}, "strength", "greater than 0"),
+        ({"control_image": PNG_1X1}, "control_image", "1x1 pixels, allowed: 32x32, the size asked for"),
+        ({"control_image": SMALL, "control_scale": 3}, "control_scale", "less than or equal to 2"),
+        ({"control_scale": 1}, "control_scale", "goes with control_image"),
     ],
 )
 def test_mistakes_are_400_and_say_what_is_allowed(http: TestClient, body: dict, param: str, message: str) -> None:
@@ -262,6 +302,9 @@ def test_weights_that_are_not_finite_are_refused(http: TestClient, weight: str) 
         (b"[]", 400, "invalid_value"),
         (b"null", 400, "invalid_value"),
         (b"\xff\xfe", 400, None),
+        (rb'{"prompt": "\ud800"}', 400, "invalid_value"),
+        (rb'{"prompt": "star", "mix": {"\ud800": 1}}', 400, "encoder_not_found"),
+        (rb'{"prompt": "star", "\ud800": 1}', 400, "invalid_value"),
         (b"[" * 4000, 400, None),
         (b'{"prompt": "' + b"x" * 20_000 + b'"}', 413, "body_too_large"),
     ],
@@ -378,9 +421,20 @@ def test_what_operators_read(http: TestClient) -> None:
     assert "clip" in encoders[0]["rewards"]
 
 
-def test_pages_elsewhere_may_not_call(http: TestClient) -> None:
-    answer = http.get("/v1/models", headers={"Origin": "https://elsewhere.example"})
-    assert "access-control-allow-origin" not in answer.headers
+def test_pages_elsewhere_may_not_call_unless_they_are_named(http: TestClient, served: Service) -> None:
+    elsewhere, friend = ({"Origin": f"https://{name}.example"} for name in ("elsewhere", "friend"))
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    allowed = "access-control-allow-origin"
+    assert allowed not in http.get("/v1/models", headers=elsewhere).headers
+    assert http.options("/v1/images/generations", headers=elsewhere | asked).status_code == 405
+    opened = served.settings.http.model_copy(update={"cors_origins": ("https://friend.example",)})
+    settings = served.settings.model_copy(update={"http": opened})
+    with TestClient(build_app(replace(served, settings=settings)), headers=ALICE) as open_to_one:
+        path = "/v1/images/generations"
+        assert open_to_one.options(path, headers=friend | asked).headers[allowed] == "https://friend.example"
+        assert allowed not in open_to_one.options(path, headers=elsewhere | asked).headers
+        refused = open_to_one.post(path, headers=friend | {"Authorization": ""}, json={"prompt": PROMPT})
+        assert refused.status_code == 401 and allowed in refused.headers, "a page may read why"
 
 
 def test_each_image_is_a_span_below_its_callers(http: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,7 +487,14 @@ def test_what_concerns_all_replicas_reaches_them(served: Service) -> None:
     async def look() -> None:
         told.append(("look",))
 
-    with TestClient(build_app(served, Everywhere(cancel, look)), headers=ALICE) as http:
+    async def metrics() -> dict[str, bytes]:
+        return {"one": served.metrics.text(), "two": Metrics().text()}
+
+    with TestClient(build_app(served, Everywhere(cancel, look, metrics)), headers=ALICE) as http:
+        text = http.get("/metrics").text
+        assert text.count("# TYPE craftor_slots_total counter") == 1
+        assert 'craftor_slots_total{replica="two"} 0.0' in text
+        assert text.count('craftor_step_seconds_bucket{le="+Inf"') == 2
         assert http.delete("/v1/jobs/there").json()["cancelled_images"] == 3
         assert http.delete("/v1/jobs/nowhere").status_code == 404
         assert http.post("/v1/encoders/refresh").status_code == 202
@@ -486,6 +547,7 @@ def test_a_promotion_in_the_registry_reaches_the_endpoint(
         "canaries": {"style": {"source": "style@candidate", "share": 0.5}},
         "runs": str(tmp_path / "runs"),
         "engine": {"bucket": 2},
+        "registered": "champion",
         "poll_seconds": 3600.0,
     }
     with service(Serving.model_validate(given)) as one, TestClient(build_app(one)) as http:
@@ -512,3 +574,12 @@ def test_a_promotion_in_the_registry_reaches_the_endpoint(
         while listed()["style"]["version"] != "2" and time.monotonic() < until:
             time.sleep(0.05)
         assert listed()["style"]["version"] == "2" and listed()["style"]["aliases"] == ["candidate", "champion"]
+
+        register(connected, make_bundle(recipe, tmp_path / "3", 3), "fresh", "champion")
+        register(connected, make_bundle(recipe, tmp_path / "4", 4), "unready")
+        http.post("/v1/encoders/refresh")
+        until = time.monotonic() + 20
+        while "fresh" not in listed() and time.monotonic() < until:
+            time.sleep(0.05)
+        assert {"style", "style#canary", "fresh"} == set(listed()) and listed()["fresh"]["source"] == "fresh@champion"
+        assert ask(http, mix={"fresh": 0.5, "style": 0.5}, steps=2)["data"]

@@ -46,7 +46,8 @@ def _known(connected: MlflowClient, run_id: str) -> Tracker | None:
     try:
         connected.get_run(run_id)
     except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+        # A server that guards its runs does not even say which ones there are.
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED"):
             return None
         raise
     return Tracker(connected, run_id)

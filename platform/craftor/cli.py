@@ -8,25 +8,26 @@ from rich.console import Console
 from rich.markup import escape
 
 from craftor import __version__
-from craftor.commands import cluster, evaluation, generation, registry, rewards, search, training
+from craftor.commands import cluster, encoder, evaluation, generation, registry, rewards, search, training
 from craftor.recipe import RecipeError
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Make text-to-image diffusion models better by reward."
 )
 PANELS = {
-    "Train": training.app,
-    "Evaluate and compare": evaluation.app,
-    "Search": search.app,
-    "Registered encoders": registry.app,
-    "Images": generation.app,
-    "Clusters": cluster.app,
+    "Train": (training.app,),
+    "Evaluate and compare": (evaluation.app,),
+    "Search": (search.app,),
+    "Registered encoders": (registry.app, encoder.app),
+    "Images": (generation.app,),
+    "Clusters": (cluster.app,),
 }
 """Headings of `craftor --help`."""
-for heading, part in PANELS.items():
-    for command in part.registered_commands:
-        command.rich_help_panel = heading
-    app.add_typer(part)
+for heading, parts in PANELS.items():
+    for part in parts:
+        for command in part.registered_commands:
+            command.rich_help_panel = heading
+        app.add_typer(part)
 app.add_typer(rewards.app, name="rewards", rich_help_panel="Reward models")
 console = Console(stderr=True)
 

@@ -9,7 +9,7 @@ the trained encoders' conditions and, where the UNet trains, its parameters.
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -57,11 +57,11 @@ class Guided:
         """The network's output under guidance w at one timestep, or one a row: `null + w * (conditional - null)`."""
         condition, null = prompt
         if self.guidance_scale == 1:
-            return self._call(latents, timestep, condition)
+            return self.call(latents, timestep, condition)
         pairs = zip(null.tensors, condition.tensors, strict=True)
         both = Condition(*(torch.cat([n.expand_as(c), c]) for n, c in pairs))
         timestep = timestep if isinstance(timestep, int) else timestep.repeat(2)
-        unconditional, conditional = self._call(torch.cat([latents, latents]), timestep, both).chunk(2)
+        unconditional, conditional = self.call(torch.cat([latents, latents]), timestep, both).chunk(2)
         return unconditional + self.guidance_scale * (conditional - unconditional)
 
     def step(self, state: State, prompt: Prompt, index: int) -> State:
@@ -70,15 +70,21 @@ class Guided:
         x0 = step.x0(state.latents, self.output(state.latents, prompt, step.timestep))
         return State(step.advance(state.latents, x0, state.x0), x0)
 
-    def _call(self, latents: Tensor, timestep: int | Tensor, condition: Condition) -> Tensor:
-        added = None
-        if condition.pooled is not None and self.time_ids is not None:
-            added = {"text_embeds": condition.pooled, "time_ids": self.time_ids.expand(len(latents), -1)}
-        with self._arithmetic(latents):
-            output = self.unet(latents, timestep, condition.embeds, added_cond_kwargs=added).sample
+    def call(self, latents: Tensor, timestep: int | Tensor, condition: Condition, **residuals: Any) -> Tensor:
+        """The network once, without guidance; `residuals` are what a ControlNet adds to its blocks."""
+        added = self.added(condition, len(latents))
+        with self.arithmetic(latents):
+            output = self.unet(latents, timestep, condition.embeds, added_cond_kwargs=added, **residuals).sample
         return output.to(latents.dtype)
 
-    def _arithmetic(self, latents: Tensor) -> AbstractContextManager:
+    def added(self, condition: Condition, rows: int) -> dict[str, Tensor] | None:
+        """What SDXL's networks read beside the prompt."""
+        if condition.pooled is None or self.time_ids is None:
+            return None
+        return {"text_embeds": condition.pooled, "time_ids": self.time_ids.expand(rows, -1)}
+
+    def arithmetic(self, latents: Tensor) -> AbstractContextManager:
+        """The precision in which networks compute inside the block."""
         reduced = self.precision in (torch.bfloat16, torch.float16)
         return torch.autocast(latents.device.type, self.precision if reduced else None, enabled=reduced)
 

@@ -48,7 +48,8 @@ def client(runs_root: Path) -> MlflowClient:
     except MlflowException as error:
         reason = str(error).splitlines()[0][:200]
         raise TrackingUnreachable(
-            f"MLflow at {uri} does not answer ({reason}); start it, or unset MLFLOW_TRACKING_URI to use a local file"
+            f"MLflow at {uri} refused or did not answer ({reason}); start it, log in by MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD, or unset MLFLOW_TRACKING_URI to use a local file"
         ) from None
     return connected
 

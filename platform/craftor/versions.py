@@ -42,6 +42,11 @@ class Version:
         return f"models:/{self.name}/{self.version}"
 
     @property
+    def own_tags(self) -> dict[str, str]:
+        """Those that people gave it."""
+        return {key: value for key, value in self.tags.items() if not key.startswith("craftor.")}
+
+    @property
     def scores(self) -> dict[str, dict[str, Any]]:
         """By metric: base, tuned, delta, ci95, and whether it is `held_out`; empty before an evaluation."""
         return json.loads(self.tags.get(registry.HELD_OUT, "{}"))

@@ -21,6 +21,9 @@ def serve(
     settings = load_serving(recipe)
     if port is not None:
         settings = settings.model_copy(update={"http": settings.http.model_copy(update={"port": port})})
+    from craftor.serving.preflight import check
+
+    check(settings, recipe)
     from craftor.serving.deployment import serve_for_ever
 
     serve_for_ever(settings)

@@ -1,4 +1,4 @@
-"""`craftor register | list | show | promote | diff | export | merge`: versions of tuned encoders and their lineage.
+"""`craftor register | list | show | promote`: versions of tuned encoders and their lineage.
 
 An ENCODER is `name` (its newest version), `name@alias`, `name/3`, or a bundle's folder.
 """
@@ -22,9 +22,14 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
+Registered = Annotated[str, typer.Argument(metavar="ENCODER", help="name (its newest version), name@alias or name/3.")]
 Reference = Annotated[str, typer.Argument(metavar="ENCODER", help="name, name@alias, name/3, or a bundle's folder.")]
 Runs = Annotated[Path, typer.Option("--runs", help="Folder whose mlflow.db is the store without MLFLOW_TRACKING_URI.")]
 Base = Annotated[str | None, typer.Option("--base", help="Pipeline folder or hub id, if not where it was in training.")]
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="A row of the grid; may be repeated.")]
+Steps = Annotated[int, typer.Option(help="Denoising steps.")]
+Guidance = Annotated[float, typer.Option(help="Guidance scale.")]
+Seed = Annotated[int, typer.Option(help="Of the noise.")]
 Aliases = Annotated[list[str] | None, typer.Option("--alias", help="Give the version this alias; may be repeated.")]
 RUNS = Path("runs")
 
@@ -34,20 +39,24 @@ def register(
     source: Annotated[Path, typer.Argument(help="A bundle's folder, or a run's that was trained elsewhere.")],
     name: Annotated[str | None, typer.Option("--name", help="By default the recipe's.")] = None,
     aliases: Aliases = None,
+    tags: Annotated[list[str] | None, typer.Option("--tag", help="KEY=VALUE of the version; may be repeated.")] = None,
     runs: Runs = RUNS,
 ) -> None:
     """Register a bundle, or a run with its recipe, metrics and held-out scores, as a new version."""
+    pairs = [_tag(text) for text in tags or ()]
     from craftor.adopt import adopt
     from craftor.registry import add, description_of, verify_bundle
     from craftor.tracking import answering
 
-    connected = _connect(runs)
+    connected = connect(runs)
     with answering(connected):
         if (source / "recipe.toml").is_file():
             registered = adopt(connected, source, name, aliases or ())
         else:
             verify_bundle(source)
             _, registered = add(connected, source, name or description_of(source)["name"], aliases or ())
+        for key, value in pairs:
+            connected.set_model_version_tag(registered["name"], registered["version"], key, value)
     print(f"models:/{registered['name']}/{registered['version']}")
 
 
@@ -56,8 +65,8 @@ def list_encoders(runs: Runs = RUNS) -> None:
     """Every version: aliases, the timesteps it acts in, what it changed for certain on held-out prompts."""
     from craftor.versions import versions
 
-    table = Table("encoder", "aliases", "timesteps", "base", "held-out change", "recipe", "registered")
-    for found in versions(_connect(runs)):
+    table = Table("encoder", "aliases", "timesteps", "base", "held-out change", "recipe", "tags", "registered")
+    for found in versions(connect(runs)):
         tags = found.tags
         table.add_row(
             f"{found.name}/{found.version}",
@@ -66,20 +75,30 @@ def list_encoders(runs: Runs = RUNS) -> None:
             tags["craftor.base"],
             _changes(found),
             tags["craftor.run"],
+            ", ".join(f"{key}={value}" for key, value in found.own_tags.items()),
             _date(found.created),
         )
     wide_console().print(table)
 
 
 @app.command()
-def show(reference: Reference, runs: Runs = RUNS) -> None:
-    """One version: lineage (run, recipe, dataset), hashes, window, rewards, held-out scores."""
+def show(
+    reference: Registered,
+    grid: Annotated[Path | None, typer.Option("--grid", help="Also draw base and encoder into this PNG.")] = None,
+    prompts: Prompts = None,
+    steps: Steps = 20,
+    guidance: Guidance = 4.0,
+    seed: Seed = 0,
+    base: Base = None,
+    runs: Runs = RUNS,
+) -> None:
+    """One version: lineage (run, recipe, dataset), hashes, window, rewards, held-out scores; images if asked."""
     from craftor.console import table as scores_table
     from craftor.encoders import fetch
     from craftor.registry import description_of, weights_sha256
     from craftor.versions import resolve
 
-    connected = _connect(runs)
+    connected = connect(runs)
     found = resolve(connected, reference)
     bundle = fetch(found)
     about, console = description_of(bundle), wide_console()
@@ -99,7 +118,7 @@ def show(reference: Reference, runs: Runs = RUNS) -> None:
         "dataset sha256": lineage.get("dataset_sha256", ""),
         "made with": f"craftor {about['craftor']}",
         "bundle": str(bundle),
-        **{f"tag {key}": value for key, value in found.tags.items() if not key.startswith("craftor.")},
+        **{f"tag {key}": value for key, value in found.own_tags.items()},
     }
     for key, value in rows.items():
         if value:
@@ -107,21 +126,27 @@ def show(reference: Reference, runs: Runs = RUNS) -> None:
     console.print(table)
     if found.scores:
         console.print(scores_table(found.scores))
+    if grid is not None:
+        diffuser, (encoder,) = load_encoders(connected, [found.uri], base)
+        draw(diffuser, [encoder], prompts, steps, guidance, seed, grid)
 
 
 @app.command()
 def promote(
-    reference: Reference,
+    reference: Registered,
     alias: Annotated[str, typer.Option("--alias", help="The name that this version takes over.")] = "champion",
     runs: Runs = RUNS,
 ) -> None:
-    """Point an alias at a version, after checking that its bundle is whole."""
+    """Point an alias at a version, after checking that its bundle is whole.
+
+    `name@candidate` makes the candidate the champion. `name@champion`, which would move nothing, means the newest.
+    """
     from craftor.encoders import fetch
     from craftor.tracking import answering
     from craftor.versions import resolve, versions
 
-    connected = _connect(runs)
-    found = resolve(connected, reference)
+    connected = connect(runs)
+    found = resolve(connected, reference.removesuffix(f"@{alias}"))
     fetch(found)
     before = [v for v in versions(connected) if v.name == found.name and alias in v.aliases]
     with answering(connected):
@@ -130,94 +155,14 @@ def promote(
     print(f"{found.name}@{alias} is {found.name}/{found.version}{was}")
 
 
-@app.command()
-def diff(
-    a: Reference,
-    b: Reference,
-    out: Annotated[Path, typer.Option("--out", help="The grid of images.")] = Path("diff.png"),
-    prompts: Annotated[list[str] | None, typer.Option("--prompt", help="A row of the grid; may be repeated.")] = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
-    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 4.0,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
-    base: Base = None,
-    runs: Runs = RUNS,
-) -> None:
-    """What differs: descriptions, weights by layer, and images of the same prompts and noise (base, A, B)."""
-    from craftor.compare import default_prompts, differences, distances, save_grid
-    from craftor.rollout import Rollout
-
-    connected, console = _connect(runs), wide_console()
-    diffuser, (one, other) = _load(connected, [a, b], base)
-    table = Table("description", one.uri, other.uri)
-    for key, values in differences(one.description, other.description).items():
-        table.add_row(key, *("" if value is None else str(value) for value in values))
-    console.print(table)
-    for part in (part for part in one.modules if part in other.modules):
-        table = Table(f"{part}: relative distance", "A from base", "B from base", "A from B")
-        pairs = ((one, diffuser.encoders), (other, diffuser.encoders), (one, other.modules))
-        columns = [distances(encoder.modules[part], parts[part]) for encoder, parts in pairs]
-        for group in columns[0]:
-            table.add_row(group, *(f"{column[group]:.2e}" for column in columns))
-        console.print(table)
-    rows = prompts or default_prompts()
-    save_grid(diffuser, [one, other], rows, Rollout(num_steps=steps, guidance_scale=guidance), seed, out)
-    for number, prompt in enumerate(rows, start=1):
-        print(f"row {number}: {prompt}")
-    print(f"{out} (columns: base, {one.uri}, {other.uri}; seed {seed})")
+def _tag(text: str) -> tuple[str, str]:
+    key, _, value = text.partition("=")
+    if not key or not value or key.startswith("craftor."):
+        raise RecipeError(f"--tag {text}: expected KEY=VALUE, with a key that does not begin with craftor.")
+    return key, value
 
 
-@app.command()
-def export(
-    reference: Reference,
-    to: Annotated[str, typer.Option("--to", help="diffusers or comfyui.")],
-    out: Annotated[Path, typer.Option("--out", help="An empty or missing folder.")],
-    base: Base = None,
-    runs: Runs = RUNS,
-) -> None:
-    """Write an encoder for other programs, with a model card that tells its lineage."""
-    if to not in ("diffusers", "comfyui"):
-        raise RecipeError(f"--to {to}: allowed are diffusers, comfyui")
-    _check_empty(out)
-    from craftor.export import FORMATS
-
-    diffuser, (encoder,) = _load(_connect(runs), [reference], base)
-    for path in FORMATS[to](encoder, diffuser, out):
-        print(path)
-
-
-@app.command()
-def merge(
-    members: Annotated[list[str], typer.Argument(metavar="ENCODER=WEIGHT...", help="The base has what they leave.")],
-    name: Annotated[str, typer.Option("--name", help="Of the new encoder.")],
-    out: Annotated[Path, typer.Option("--out", help="An empty or missing folder for its bundle.")],
-    base: Base = None,
-    runs: Runs = RUNS,
-) -> None:
-    """Sum the weights of encoders of one base into a new one (weight space; mixing at use is in output space)."""
-    pairs = [_member(text) for text in members]
-    _check_empty(out)
-    from craftor.merging import merge as run
-
-    diffuser, encoders = _load(_connect(runs), [reference for reference, _ in pairs], base)
-    weights = [weight for _, weight in pairs]
-    print(run(diffuser, list(zip(encoders, weights, strict=True)), name, out))
-    print(f"register it with: craftor register {out}")
-
-
-def _member(text: str) -> tuple[str, float]:
-    reference, _, weight = text.rpartition("=")
-    try:
-        return reference, float(weight)
-    except ValueError:
-        raise RecipeError(f"{text!r}: expected ENCODER=WEIGHT, as in aesthetic@champion=0.6") from None
-
-
-def _check_empty(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RecipeError(f"--out {out}: exists and is not an empty folder")
-
-
-def _connect(runs: Path) -> "MlflowClient":
+def connect(runs: Path) -> "MlflowClient":
     from craftor.quiet import hush
     from craftor.tracking import client
 
@@ -226,7 +171,9 @@ def _connect(runs: Path) -> "MlflowClient":
     return client(runs)
 
 
-def _load(connected: "MlflowClient", references: list[str], base: str | None) -> "tuple[Diffuser, list[Encoder]]":
+def load_encoders(
+    connected: "MlflowClient", references: list[str], base: str | None
+) -> "tuple[Diffuser, list[Encoder]]":
     """Encoders, and the base that the first of them was trained from."""
     from craftor.diffuser import load
     from craftor.encoders import fetch, load_encoder
@@ -243,6 +190,26 @@ def _load(connected: "MlflowClient", references: list[str], base: str | None) ->
     except ValueError as error:
         raise RecipeError(f"the base of {references[0]} is not here: {error}; or say where with --base") from None
     return diffuser, [load_encoder(each, diffuser) for each in found]
+
+
+def draw(
+    base: "Diffuser",
+    encoders: "list[Encoder]",
+    prompts: list[str] | None,
+    steps: int,
+    guidance: float,
+    seed: int,
+    out: Path,
+) -> None:
+    """The grid of images, and which is which."""
+    from craftor.compare import default_prompts, save_grid
+    from craftor.rollout import Rollout
+
+    rows = prompts or default_prompts()
+    save_grid(base, encoders, rows, Rollout(num_steps=steps, guidance_scale=guidance), seed, out)
+    for number, prompt in enumerate(rows, start=1):
+        print(f"row {number}: {prompt}")
+    print(f"{out} (columns: {', '.join(['base', *(encoder.uri for encoder in encoders)])}; seed {seed})")
 
 
 def _changes(found: "Version") -> str:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from fastapi import Depends, FastAPI, Header, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi_offline import FastAPIOffline
 
 from craftor import __version__
 from craftor.serving import errors, tracing
@@ -22,6 +23,7 @@ from craftor.serving.errors import ApiError, busy
 from craftor.serving.generation import begin, events, picture, submit
 from craftor.serving.jobs import NOT_HERE
 from craftor.serving.listing import encoder_entry, model_entry, size_name
+from craftor.serving.metrics import together
 from craftor.serving.schema import Generation
 from craftor.serving.service import Service
 from craftor.serving.webhook import from_mlflow
@@ -35,12 +37,16 @@ class Everywhere:
     """A client's job, as `Jobs.cancel`."""
     look: Callable[[], Awaitable[None]]
     """At the registry, now."""
+    metrics: Callable[[], Awaitable[dict[str, bytes]]]
+    """What each replica counts, by its id."""
 
 
 def build_app(service: Service, everywhere: Everywhere | None = None) -> FastAPI:
     """The replica's ASGI app."""
     settings = service.settings
-    app = FastAPI(title="Craftor", version=__version__, summary="Images from any mixture of tuned text encoders.")
+    summary = "Images from any mixture of tuned text encoders."
+    # Its page is FastAPI's, with scripts of its own: FastAPI's loads them from elsewhere, where servers may not reach.
+    app = FastAPIOffline(title="Craftor", version=__version__, summary=summary, redoc_url=None)
     errors.install(app)
     app.add_middleware(CountAnswers, metrics=service.metrics)
     app.add_middleware(BodyLimit, limit=settings.limits.body_bytes)
@@ -48,7 +54,7 @@ def build_app(service: Service, everywhere: Everywhere | None = None) -> FastAPI
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.http.cors_origins), allow_methods=["*"], allow_headers=["*"]
         )
-    _operations(app, service)
+    _operations(app, service, everywhere)
     _images(app, service, everywhere)
     if settings.http.playground:
         _playground(app)
@@ -73,7 +79,9 @@ def _images(app: FastAPI, service: Service, everywhere: Everywhere | None) -> No
         x_deadline_ms: Annotated[int | None, Header(ge=1, le=86_400_000)] = None,
     ) -> Response:
         """Images of a prompt. `X-Deadline-Ms`: refuse at once (429) what cannot be done by then."""
-        images = service.interpreter.images(body, client)
+        # A token's owner may ask for many users; without tokens, an address is the best there is.
+        address = request.client.host if request.client and not settings.tokens else ""
+        images = service.interpreter.images(body, f"{client}/{body.user or address}")
         if not engine.alive:
             raise ApiError(503, "this replica has failed; ask again", code="replica_failed")
         job = service.jobs.name(x_job_id)
@@ -148,7 +156,7 @@ def _images(app: FastAPI, service: Service, everywhere: Everywhere | None) -> No
         return {"object": "list", "data": data}
 
 
-def _operations(app: FastAPI, service: Service) -> None:
+def _operations(app: FastAPI, service: Service, everywhere: Everywhere | None) -> None:
     @app.get("/healthz", include_in_schema=False)
     async def healthy() -> JSONResponse:
         """Whether this process should live on."""
@@ -164,8 +172,9 @@ def _operations(app: FastAPI, service: Service) -> None:
         return JSONResponse(body, 200 if alive else 503)
 
     @app.get("/metrics", include_in_schema=False)
-    def metrics() -> Response:
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    async def metrics() -> Response:
+        text = service.metrics.text() if everywhere is None else together(await everywhere.metrics())
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def _playground(app: FastAPI) -> None:

@@ -12,10 +12,11 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from craftor.denoise import Guided, Prompt
+from craftor.denoise import Guided
 from craftor.diffuser import Diffuser
 from craftor.embed import Condition
 from craftor.rollout import Rollout
+from craftor.serving.control import ControlNet
 from craftor.serving.work import Row
 
 
@@ -30,7 +31,7 @@ def network(base: Diffuser, latent_shape: tuple[int, int, int]) -> Guided:
 
 
 @torch.inference_mode()
-def advance(unet: Guided, rows: Sequence[Row], bucket: int) -> float:
+def advance(unet: Guided, rows: Sequence[Row], bucket: int, controlnet: ControlNet | None = None) -> float:
     """Take each row's next denoising step in one UNet call of `bucket` slots; returns the call's seconds."""
     prompts = [row.prompt() for row in rows]
     guided = [i for i, row in enumerate(rows) if row.request.slots == 2]
@@ -46,7 +47,11 @@ def advance(unet: Guided, rows: Sequence[Row], bucket: int) -> float:
     timesteps = torch.tensor([steps[i].timestep for i in slots], device=latents.device)
 
     started = perf_counter()
-    out = unet.output(latents[slots], Prompt(condition, condition), timesteps)
+    given, more = latents[slots], {}
+    if controlnet is not None:
+        controls = [rows[i].request.control for i in slots]
+        more = controlnet.residuals(unet, controls, given, condition, timesteps)
+    out = unet.call(given, timesteps, condition, **more)
     if latents.is_cuda:
         torch.cuda.synchronize(latents.device)  # so that the seconds are the call's, and rows join the step that runs
     seconds = perf_counter() - started

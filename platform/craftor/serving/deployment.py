@@ -6,8 +6,9 @@ far above what an engine holds: the engine must see what it is to batch, and ref
 every encoder, so any may answer; what only one of them knows, a job to cancel, is asked of all.
 """
 
-import time
-from contextlib import ExitStack
+import signal
+import threading
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,15 @@ class Replica:
         self._service = self._open.enter_context(service(parse(settings, "serve")))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_app(self._service, Everywhere(_cancel_everywhere, _look_everywhere))
+        return build_app(self._service, Everywhere(_cancel_everywhere, _look_everywhere, _metrics_everywhere))
 
     def cancel_here(self, job: str, client: str) -> int:
         """Images given up, or NOT_HERE."""
         return self._service.jobs.cancel(job, client)
+
+    def metrics_here(self) -> tuple[str, bytes]:
+        """With this replica's id."""
+        return serve.get_replica_context().replica_id.unique_id, self._service.metrics.text()
 
     def look_here(self) -> None:
         """At the registry, now."""
@@ -69,6 +74,10 @@ async def _cancel_everywhere(job: str, client: str) -> int:
 
 async def _look_everywhere() -> None:
     await _tell_all("look_here")
+
+
+async def _metrics_everywhere() -> dict[str, bytes]:
+    return dict(told for told in await _tell_all("metrics_here") if isinstance(told, tuple))
 
 
 async def _tell_all(method: str, *arguments: str) -> list[Any]:
@@ -113,23 +122,30 @@ def application(settings: Serving) -> Application:
 
 def start(settings: Serving) -> None:
     """Serve on the settings' address; returns when the application answers."""
-    serve.start(http_options={"host": settings.http.host, "port": settings.http.port})
+    http = settings.http
+    tls = {"ssl_certfile": http.certificate, "ssl_keyfile": http.key}
+    serve.start(http_options={"host": http.host, "port": http.port, **tls})
     serve.run(application(settings), name=APP, route_prefix="/")
 
 
 def serve_for_ever(settings: Serving) -> None:
-    """What `craftor serve` does: a local Ray, or that of `RAY_ADDRESS`, until interrupted."""
+    """What `craftor serve` does: a local Ray, or that of `RAY_ADDRESS`, until interrupted or told to end (SIGTERM).
+
+    Requests in flight are answered first.
+    """
     with ray_session(num_workers=int(settings.replicas.max * settings.replicas.num_cpus)):
         start(settings)
-        host, port = settings.http.host, settings.http.port
-        print(f"http://{host}:{port}/v1/images/generations", flush=True)
-        if settings.http.playground:
-            print(f"http://{host}:{port}/playground", flush=True)
-        try:
-            while True:
-                time.sleep(3600)
-        except KeyboardInterrupt:
-            serve.shutdown()
+        http = settings.http
+        url = f"{'https' if http.certificate else 'http'}://{http.host}:{http.port}"
+        print(f"{url}/v1/images/generations", flush=True)
+        if http.playground:
+            print(f"{url}/playground", flush=True)
+        told = threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: told.set())
+        with suppress(KeyboardInterrupt):
+            told.wait()
+        serve.delete(APP)  # `shutdown` alone would end the proxies before the answers
+        serve.shutdown()
 
 
 def _absolute(settings: Serving) -> Serving:
@@ -141,6 +157,7 @@ def _absolute(settings: Serving) -> Serving:
     return settings.model_copy(
         update={
             "model": settings.model.model_copy(update={"path": fix(settings.model.path)}),
+            "controlnet": settings.controlnet and fix(settings.controlnet),
             "encoders": {name: fix(source) for name, source in settings.encoders.items()},
             "canaries": {
                 name: canary.model_copy(update={"source": fix(canary.source)})

@@ -17,6 +17,7 @@ from craftor.diffuser import Diffuser
 from craftor.serving import buckets
 from craftor.serving.admission import Load, Rejected, admit
 from craftor.serving.batch import advance, network
+from craftor.serving.control import ControlNet
 from craftor.serving.decoding import Decoder, previewer
 from craftor.serving.embeddings import Embeddings
 from craftor.serving.lanes import Lane
@@ -31,8 +32,14 @@ Shape = tuple[int, int, int]
 class Engine:
     """Thread-safe: `submit` and `cancel` from anywhere; `start` runs the loop, or a test calls `step` itself."""
 
-    def __init__(self, base: Diffuser, settings: EngineSettings, observer: Observer | None = None) -> None:
-        self.base, self.settings, self.observer = base, settings, observer
+    def __init__(
+        self,
+        base: Diffuser,
+        settings: EngineSettings,
+        observer: Observer | None = None,
+        controlnet: ControlNet | None = None,
+    ) -> None:
+        self.base, self.settings, self.observer, self.controlnet = base, settings, observer, controlnet
         self.embeddings = Embeddings(base, settings.cached_prompts)
         torch.set_num_threads(settings.threads)
         plain = network(base, base.latent_shape)
@@ -126,7 +133,7 @@ class Engine:
             return False
         slots = lane.slots
         bucket = buckets.smallest(self.sizes, slots)
-        seconds = advance(lane.unet, lane.running, bucket)
+        seconds = advance(lane.unet, lane.running, bucket, self.controlnet)
         lane.seconds[bucket] += 0.1 * (seconds - lane.seconds[bucket])
         for row in lane.running:
             if row.remaining == 0:

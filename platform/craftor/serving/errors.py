@@ -38,10 +38,16 @@ class ApiError(Exception):
     @property
     def body(self) -> dict[str, Any]:
         kind = TYPES.get(self.status, "invalid_request_error")
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+        param = None if self.param is None else _sayable(self.param)
+        return {"error": {"message": _sayable(str(self)), "type": kind, "param": param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body, self.status, self.headers)
+
+
+def _sayable(text: str) -> str:
+    """JSON can spell half a character (`"\\ud800"`), which no answer that quotes it could be sent with."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def busy(rejected: Rejected) -> ApiError:

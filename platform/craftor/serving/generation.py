@@ -54,8 +54,11 @@ def submit(
 def describe(engine: Engine, model: str, row: Row) -> dict[str, Any]:
     """The row's provenance; what the engine is belongs to it, for bytes depend on it."""
     settings = engine.settings
-    own = {"mode": settings.mode, "bucket": engine.capacity, "threads": settings.threads}
-    return record(row, model, own | {"precision": str(engine.base.precision).removeprefix("torch.")})
+    own: dict[str, Any] = {"mode": settings.mode, "bucket": engine.capacity, "threads": settings.threads}
+    own["precision"] = str(engine.base.precision).removeprefix("torch.")
+    if row.request.control is not None and engine.controlnet is not None:
+        own["controlnet"] = engine.controlnet.sha256
+    return record(row, model, own)
 
 
 async def finished(row: Row) -> Float[Tensor, "3 H W"]:

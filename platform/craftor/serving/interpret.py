@@ -7,11 +7,12 @@ from typing import TypeVar
 
 from craftor.diffuser import Diffuser
 from craftor.mixture import MixtureError, check_weights, timesteps
+from craftor.serving.control import Control
 from craftor.serving.errors import ApiError
 from craftor.serving.library import Library, NotServed
 from craftor.serving.schema import MAX_SEED, Generation, Mix, Portion
 from craftor.serving.settings import SIZE, Serving
-from craftor.serving.upload import BadPicture, Upload, read
+from craftor.serving.upload import BadPicture, Upload, read, read_picture
 from craftor.serving.work import ImageRequest, Share
 
 Number = TypeVar("Number", int, float)
@@ -32,8 +33,8 @@ class Interpreter:
         own = {f"{width}x{height}": (height, width)}
         return own | {size: (int(h), int(w)) for size in self.settings.limits.sizes for w, h in [size.split("x")]}
 
-    def images(self, body: Generation, client: str) -> list[ImageRequest]:
-        """All images of a request: mixture by mixture, seeds in order."""
+    def images(self, body: Generation, caller: str) -> list[ImageRequest]:
+        """All images of a request: mixture by mixture, seeds in order. Canaries are drawn by `caller`."""
         limits, defaults = self.settings.limits, self.settings.defaults
         if body.model not in (None, self.settings.name):
             raise ApiError(
@@ -51,16 +52,20 @@ class Interpreter:
         guidance = _at_most(guidance, "guidance_scale", limits.guidance_scale)
         if body.partial_images and not body.stream:
             raise ApiError(400, "partial_images: goes with stream = true", param="partial_images", code="invalid_value")
+        if body.stream and body.response_format == "url":
+            message = "response_format: 'url' does not go with stream = true"
+            raise ApiError(400, message, param="response_format", code="invalid_value")
         if body.sweep is not None and body.mix:
             raise ApiError(400, "sweep: stands in for mix; give one of them", param="sweep", code="invalid_value")
         mixes = [("mix", body.mix)] if body.sweep is None else [(f"sweep.{i}", m) for i, m in enumerate(body.sweep)]
         param = "n" if body.sweep is None else "sweep"
-        _at_most(body.n * len(mixes), param, limits.images, what="images of one request")
+        count = body.n or 1
+        _at_most(count * len(mixes), param, limits.images, what="images of one request")
         seed = secrets.randbelow(2**32) if body.seed is None else body.seed
-        if seed + body.n - 1 > MAX_SEED:
+        if seed + count - 1 > MAX_SEED:
             raise ApiError(400, f"seed: {seed} + n is over {MAX_SEED}", param="seed", code="invalid_value")
         size = self._size(body.size)
-        upload = _upload(body, size)
+        upload, control = _upload(body, size), self._control(body, size)
         return [
             ImageRequest(
                 prompt=prompt,
@@ -72,11 +77,27 @@ class Interpreter:
                 solver=body.scheduler or defaults.scheduler,
                 size=size,
                 upload=upload,
+                control=control,
                 previews=body.partial_images or 0,
             )
-            for shares in [self._shares(mix, param, f"{client}/{body.user or ''}") for param, mix in mixes]
-            for k in range(body.n)
+            for shares in [self._shares(mix, param, caller) for param, mix in mixes]
+            for k in range(count)
         ]
+
+    def _control(self, body: Generation, size: tuple[int, int]) -> Control | None:
+        if body.control_image is None:
+            if body.control_scale is not None:
+                message = "control_scale: goes with control_image"
+                raise ApiError(400, message, param="control_scale", code="invalid_value")
+            return None
+        if self.settings.controlnet is None:
+            message = "control_image: this server has no ControlNet"
+            raise ApiError(400, message, param="control_image", code="unknown_parameter")
+        try:
+            picture, digest = read_picture(body.control_image, "control_image", size)
+        except BadPicture as error:
+            raise ApiError(400, str(error), param=error.param, code="invalid_value") from None
+        return Control(picture, 1.0 if body.control_scale is None else body.control_scale, digest)
 
     def _size(self, text: str | None) -> tuple[int, int]:
         known = self.sizes
@@ -108,6 +129,8 @@ class Interpreter:
         if "base" not in mix:
             return
         part = mix["base"]
+        if isinstance(part, Portion) and (part.first, part.last) != (None, None):
+            raise MixtureError("base acts at every timestep, with what the others leave there: no from or to")
         weight = part.weight if isinstance(part, Portion) else part
         total = sum(share.weight for share in shares)
         if not math.isclose(weight + total, 1, abs_tol=1e-6):

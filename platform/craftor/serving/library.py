@@ -1,9 +1,9 @@
 """The encoders that are served, by name: loaded and checked first, then swapped in, while requests go on.
 
 A name stands for a source: a bundle's folder, or a reference into the registry whose alias may move. `refresh` looks
-the references up again; a version that cannot be used is refused and the one before stays. Rows hold the encoder they
-began with. Each replica polls for itself: a look-up is milliseconds, the weights must come to each anyway, and nothing
-shared can fail them all.
+the references up again, and for encoders that are new in the registry; a version that cannot be used is refused and the
+one before stays. Rows hold the encoder they began with. Each replica polls for itself: a look-up is milliseconds, the
+weights must come to each anyway, and nothing shared can fail them all.
 """
 
 import hashlib
@@ -21,6 +21,8 @@ from craftor.tracking import TrackingUnreachable
 CANARY = "#canary"
 """After an encoder's name: the version that is tried."""
 Resolve = Callable[[str], Version]
+Discover = Callable[[], Mapping[str, str]]
+"""Names in the registry and the references that lead to them: what is served beside what the settings name."""
 
 
 class NotServed(ValueError):
@@ -36,9 +38,13 @@ class Library:
         sources: Mapping[str, str],
         resolve: Resolve | None,
         canaries: Mapping[str, Canary] = MappingProxyType({}),
+        discover: Discover = dict,
     ) -> None:
-        """Load every source. Raises what `load_encoder` and `resolve` raise: a server starts whole or not at all."""
-        self.base, self._resolve = base, resolve
+        """Load every source. Raises what `load_encoder` and `resolve` raise: a server starts whole or not at all.
+
+        What is discovered is not promised by the settings: of that, what cannot be used is only noted in `problems`.
+        """
+        self.base, self._resolve, self._discover = base, resolve, discover
         self.sources = dict(sources) | {name + CANARY: canary.source for name, canary in canaries.items()}
         self._shares = {name: canary.share for name, canary in canaries.items()}
         self.problems: dict[str, str] = {}
@@ -49,6 +55,8 @@ class Library:
         self._table: dict[str, Encoder] = {}
         for name, source in self.sources.items():
             self._table[name] = self._load(name, source)
+        self._folders = {name for name in self._table if name not in self._pinned}
+        self.refresh()
 
     @property
     def table(self) -> Mapping[str, Encoder]:
@@ -76,14 +84,16 @@ class Library:
         """Follow aliases that have moved. Never raises for what the registry or a bundle does; see `problems`."""
         problems: dict[str, str] = {}
         table = dict(self._table)
-        for name in self._pinned:
-            try:
-                table[name] = self._load(name, self.sources[name])
-            except TrackingUnreachable as error:
-                problems["registry"] = str(error)
-                break
-            except (BundleError, EncoderRefused, UnknownEncoder) as error:
-                problems[name] = str(error)
+        try:
+            found = self._discover()
+            self.sources = self.sources | {name: found[name] for name in found if name not in self.sources}
+            for name in (name for name in self.sources if name not in self._folders):
+                try:
+                    table[name] = self._load(name, self.sources[name])
+                except (BundleError, EncoderRefused, UnknownEncoder) as error:
+                    problems[name] = str(error)
+        except TrackingUnreachable as error:
+            problems["registry"] = str(error)
         self._table, self.problems = table, problems
 
     def _load(self, name: str, source: str) -> Encoder:

@@ -22,6 +22,7 @@ def model_entry(service: Service) -> dict[str, Any]:
         "created": 0,
         "owned_by": "craftor",
         "base": settings.model.path,
+        "controlnet": settings.controlnet,
         "sizes": list(service.interpreter.sizes),
         "defaults": settings.defaults.model_dump(),
         "limits": settings.limits.model_dump(),

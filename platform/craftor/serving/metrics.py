@@ -1,10 +1,11 @@
 """What a replica counts, for Prometheus. Labels are bounded: outcomes, reasons, routes and configured encoders."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
 
 from craftor.serving.engine import Engine
 from craftor.serving.library import Library
@@ -52,6 +53,27 @@ class Metrics:
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
+
+
+def together(texts: Mapping[str, bytes]) -> bytes:
+    """What several replicas say, by their ids, as one text: a scrape reaches one of them, and should tell of all."""
+    families: dict[str, Metric] = {}
+    for replica, text in texts.items():
+        for own in text_string_to_metric_families(text.decode()):
+            family = families.setdefault(own.name, Metric(own.name, own.documentation, own.type))
+            for sample in own.samples:
+                family.add_sample(sample.name, {**sample.labels, "replica": replica}, sample.value)
+    merged = CollectorRegistry()
+    merged.register(_Told(list(families.values())))
+    return generate_latest(merged)
+
+
+class _Told:
+    def __init__(self, families: list[Metric]) -> None:
+        self.families = families
+
+    def collect(self) -> list[Metric]:
+        return self.families
 
 
 class _Known:

@@ -35,10 +35,12 @@ def record(row: Row, model: str, engine: dict[str, Any]) -> dict[str, Any]:
             }
         )
     upload = request.upload
-    begun = {}
+    begun: dict[str, Any] = {}
     if upload is not None:
         files = {"sha256": upload.sha256, "mask_sha256": upload.mask_sha256}
         begun = {"image": files | {"strength": upload.strength, "steps": [request.first_step, request.num_steps]}}
+    if (control := request.control) is not None:
+        begun |= {"control": {"sha256": control.sha256, "scale": control.scale}}
     return begun | {
         "craftor": __version__,
         "model": model,

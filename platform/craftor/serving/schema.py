@@ -9,13 +9,16 @@ MAX_SEED = 2**53 - 1
 
 
 class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, populate_by_name=True, use_attribute_docstrings=True
+    )
 
 
 class Portion(Body):
     """An encoder's part of a mixture."""
 
     weight: float
+    """From 0 to 1."""
     first: Annotated[int | None, Field(alias="from", ge=0, le=999)] = None
     """The noisiest timestep at which it acts; by default that of its training."""
     last: Annotated[int | None, Field(alias="to", ge=0, le=999)] = None
@@ -29,10 +32,12 @@ class Generation(Body):
 
     prompt: str
     model: str | None = None
-    n: int = Field(1, ge=1)
+    n: int | None = Field(1, ge=1)
+    """How many images, with seeds that follow each other."""
     size: str | None = None
     """`WIDTHxHEIGHT`; by default, and for `auto`, the model's own."""
     response_format: Literal["b64_json", "url"] | None = None
+    """`b64_json` by default; a `url` leads to the image for a while."""
     stream: bool | None = None
     partial_images: int | None = Field(None, ge=0, le=16)
     """Previews on the way, with `stream`."""
@@ -57,3 +62,7 @@ class Generation(Body):
     """Where to draw anew (white) and where to keep the picture (black); goes with `image`."""
     strength: float | None = Field(None, gt=0, le=1)
     """How much of the way from noise is taken; goes with `image`, by default 0.8."""
+    control_image: str | None = None
+    """A picture that the server's ControlNet reads, where it has one (a file as `image`): edges, depth, a pose."""
+    control_scale: float | None = Field(None, ge=0, le=2)
+    """How much it counts; goes with `control_image`, by default 1."""

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from craftor.diffuser import load
-from craftor.encoders import resolve
+from craftor.encoders import resolve, versions
+from craftor.serving.control import load_controlnet
 from craftor.serving.engine import Engine
 from craftor.serving.gate import Gate
 from craftor.serving.interpret import Interpreter, check_sizes
 from craftor.serving.jobs import Jobs
-from craftor.serving.library import Library, Resolve, Watcher
+from craftor.serving.library import Discover, Library, Resolve, Watcher
 from craftor.serving.metrics import Metrics
 from craftor.serving.pictures import Pictures
 from craftor.serving.settings import Serving
@@ -44,11 +45,13 @@ class Service:
 @contextmanager
 def service(settings: Serving) -> Iterator[Service]:
     """Load, measure and start; stop at the end of the block. Raises what loading the base and the encoders raises."""
-    base = load(settings.model).hold_rounded()
+    base = load(settings.model, "cuda" if settings.replicas.num_gpus else "cpu").hold_rounded()
     check_sizes(settings, base)
-    library = Library(base, settings.encoders, _resolve(settings), settings.canaries)
+    look_up, discover = _registry(settings)
+    library = Library(base, settings.encoders, look_up, settings.canaries, discover)
     metrics = Metrics()
-    engine = Engine(base, settings.engine, metrics).start()
+    controlnet = None if settings.controlnet is None else load_controlnet(settings.controlnet, base)
+    engine = Engine(base, settings.engine, metrics, controlnet).start()
     metrics.watch(engine, library)
     watcher = Watcher(library, settings.poll_seconds)
     pictures = Pictures(Path(settings.runs) / "served", settings.http.url_seconds)
@@ -69,10 +72,17 @@ def service(settings: Serving) -> Iterator[Service]:
         engine.stop()
 
 
-def _resolve(settings: Serving) -> Resolve | None:
-    """A look-up in the registry, where some encoder comes from there."""
+def _registry(settings: Serving) -> tuple[Resolve | None, Discover]:
+    """Look-ups in the registry, where some encoder comes from there."""
     sources = [*settings.encoders.values(), *(canary.source for canary in settings.canaries.values())]
-    if all(Path(source).is_dir() for source in sources):
-        return None
+    alias = settings.registered
+    if alias is None and all(Path(source).is_dir() for source in sources):
+        return None, dict
+    Path(settings.runs).mkdir(parents=True, exist_ok=True)
     connected = client(Path(settings.runs))
-    return lambda text: resolve(connected, text)
+
+    def discover() -> dict[str, str]:
+        found = [version.name for version in versions(connected) if alias in version.aliases]
+        return {name: f"{name}@{alias}" for name in found if name != "base"}  # which names the model's own
+
+    return lambda text: resolve(connected, text), dict if alias is None else discover

@@ -82,6 +82,15 @@ class Http(Section):
     playground: bool = True
     url_seconds: float = Field(3600.0, gt=0)
     """How long an image asked for as a URL is kept."""
+    certificate: str | None = None
+    """A PEM file; with `key`, Ray Serve answers by TLS."""
+    key: str | None = None
+
+    @model_validator(mode="after")
+    def _both(self) -> "Http":
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("certificate and key go together")
+        return self
 
 
 class Replicas(Section):
@@ -114,9 +123,13 @@ class Serving(Section):
     name: str = Field("craftor", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """What `/v1/models` calls the model."""
     model: Model
+    controlnet: str | None = None
+    """A ControlNet's folder or hub id; images may then be steered by `control_image`."""
     encoders: dict[str, str] = {}
     """The name a mixture uses, and where it comes from: a bundle's folder, or `name@alias`, `name/3`, `name` in the
     MLflow registry. What an alias points to is looked up again every `poll_seconds`."""
+    registered: str | None = None
+    """An alias: every encoder of the registry that has it is served too, under its own name, as soon as it has it."""
     canaries: dict[str, Canary] = {}
     """By the name of an encoder: `style = { source = "style@candidate", share = 0.1 }`. A mixture may also ask for
     `style#canary` by name."""

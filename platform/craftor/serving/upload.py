@@ -94,14 +94,17 @@ def encode(base: Diffuser, upload: Upload, noise: Float[Tensor, "c h w"]) -> Kep
 
 def read(image: str, mask: str | None, strength: float, size: tuple[int, int]) -> Upload:
     """Base64 files (with or without `data:` in front) of just this height and width. Raises BadPicture."""
-    file = _bytes(image, "image")
-    picture = _pixels(file, "image", "RGB", size)
-    digest = hashlib.sha256(file).hexdigest()
+    picture, digest = read_picture(image, "image", size)
     if mask is None:
         return Upload(picture, None, strength, digest)
-    hole = _bytes(mask, "mask")
-    where = (_pixels(hole, "mask", "L", size) > 0.5).float()
-    return Upload(picture, where, strength, digest, hashlib.sha256(hole).hexdigest())
+    where, hole = read_picture(mask, "mask", size, "L")
+    return Upload(picture, (where > 0.5).float(), strength, digest, hole)
+
+
+def read_picture(text: str, param: str, size: tuple[int, int], mode: str = "RGB") -> tuple[Float[Tensor, "c H W"], str]:
+    """One base64 file: its pixels in [0, 1], and the file's sha256. Raises BadPicture naming `param`."""
+    file = _bytes(text, param)
+    return _pixels(file, param, mode, size), hashlib.sha256(file).hexdigest()
 
 
 class BadPicture(ValueError):

@@ -12,6 +12,7 @@ from torch import Tensor
 from craftor.denoise import Prompt
 from craftor.encoders import Encoder
 from craftor.mixture import Member, prompt_at
+from craftor.serving.control import Control
 from craftor.serving.upload import Kept, Upload
 from craftor.solver import Schedule
 
@@ -47,6 +48,8 @@ class ImageRequest:
     """Height and width in pixels; by default the model's own."""
     upload: Upload | None = None
     """A picture to begin from, instead of noise alone."""
+    control: Control | None = None
+    """A picture for the server's ControlNet."""
     previews: int = 0
     """How many pictures of the predicted clean latents to show on the way."""
 
