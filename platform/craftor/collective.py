@@ -44,8 +44,13 @@ def gather(metrics: dict[str, Tensor], shares: list[int]) -> dict[str, Tensor]:
 
 def agreed(decision: Next, world_size: int) -> Next:
     """Worker 0's decision, on every worker."""
+    return Next(first_says(decision, world_size))
+
+
+def first_says(number: int, world_size: int) -> int:
+    """Worker 0's number, on every worker."""
     if world_size == 1:
-        return decision
-    message = torch.tensor(int(decision), device=get_device())
+        return int(number)
+    message = torch.tensor(int(number), device=get_device())
     torch.distributed.broadcast(message, src=0)
-    return Next(int(message.item()))
+    return int(message.item())

@@ -26,7 +26,7 @@ from craftor.prefix_cache import weights_digest
 from craftor.recipe import Evaluation, Recipe, Tuning
 from craftor_micro.referee import ATTRIBUTES
 
-__all__ = ["Asked", "Scorer", "Tuned", "evaluate", "held_out_prompts"]
+__all__ = ["Asked", "Scorer", "Tuned", "evaluate", "held_out_prompts", "used_steps"]
 NUM_SAMPLES = 16
 _NO_MATTER = ("transformers_version", "architectures", "dtype", "torch_dtype")
 """Keys of a configuration that say who wrote it."""
@@ -50,6 +50,14 @@ class Asked:
     """Score as TextCraftor did, too."""
     num_strips: int = NUM_STRIPS
     """So many prompts are also made with the weights between base and tuned, for the curve."""
+
+
+def used_steps(recipe: Recipe) -> tuple[int, int]:
+    """The denoising steps in which a tuned encoder acts."""
+    assert isinstance(recipe.task, Tuning)
+    use_from = recipe.evaluation.use_from if recipe.evaluation else None
+    acts = recipe.task.acts()
+    return (acts.start if use_from is None else use_from, acts.stop)
 
 
 def held_out_prompts(evaluation: Evaluation) -> list[dict[str, Any]]:

@@ -1,0 +1,163 @@
+"""Four workers that hold shards make what one that holds everything makes, and go on from each other's checkpoints."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from conftest import write_tiny_recipe
+from craftor import checkpoint, trainable
+from craftor.diffuser import load as load_diffuser
+from craftor.recipe import RecipeError, load
+from craftor.sharded_checkpoint import SHARDS
+from sharded_workers import Worker, shard_bytes, together
+
+CASES = {
+    "both": {"task.train.unet.method": "full", "task.train.text_encoder.method": "full", "run.micro_batch": 1},
+    "chain": {"task.train.unet.method": "full", "task.window": {"start": 1, "stop": 3, "recompute": 1}},
+    "xl": {
+        "model.path": "sdxl",
+        "task.train.text_encoder.method": "full",
+        "task.train.text_encoder_2.method": "full",
+        "task.train.unet.method": "lora",
+        "model.gradient_checkpointing": True,
+    },
+    "policy": {"task.kind": "policy_gradient", "task.window": {"last": 2}, "task.train.unet.method": "full"},
+}
+BATCH = {"run.batch_size": 8, "workers.num": 4, "workers.strategy": "fsdp"}
+
+
+def recipes(root: Path) -> dict[str, dict]:
+    found = {name: {**BATCH, **case} for name, case in CASES.items()}
+    found["xl"]["model.path"] = str(root / "sdxl")
+    return found
+
+
+def member(rank: int, num: int, folder: str, recipe: str, root: str) -> None:
+    """Every case: two steps, a checkpoint, two more; and "both" once more from a whole model's checkpoint."""
+    for name, overrides in recipes(Path(root)).items():
+        worker = Worker(Path(recipe), overrides, rank, num)
+        held = shard_bytes(worker.task.module), shard_bytes(worker.task.diffuser.unet)
+        worker.train(range(2))
+        worker.save(Path(folder) / name, 2)
+        worker.train(range(2, 4))
+        worker.task.assert_frozen()
+        _note(rank, Path(folder) / f"{name}.safetensors", worker, held)
+    worker = Worker(Path(recipe), recipes(Path(root))["both"], rank, num)
+    worker.restore(Path(folder) / "whole" / "checkpoints" / "step-000002")
+    worker.train(range(2, 4))
+    _note(rank, Path(folder) / "from_whole.safetensors", worker, (0, 0))
+
+
+def _note(rank: int, path: Path, worker: Worker, held: tuple[int, int]) -> None:
+    figures = {**worker.figures(), "held": torch.tensor(held)}
+    if rank == 0:
+        save_file({name: value.contiguous() for name, value in figures.items()}, path)
+
+
+@pytest.fixture(scope="module")
+def ran(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what four workers made, `whole/` with a whole model's checkpoint, and `tiny.toml`."""
+    folder = tmp_path_factory.mktemp("sharding")
+    recipe = write_tiny_recipe(tiny, folder)
+    alone = Worker(recipe, {**recipes(tiny)["both"], "workers.strategy": "ddp"})
+    alone.train(range(2))
+    alone.save(folder / "whole", 2)
+    together(4, member, str(folder), str(recipe), str(tiny))
+    return folder
+
+
+def whole(ran: Path, tiny: Path, name: str) -> Worker:
+    return Worker(ran / "tiny.toml", {**recipes(tiny)[name], "workers.strategy": "ddp"})
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() - {"held"} == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name], value, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_four_workers_make_what_one_makes(ran: Path, tiny: Path, name: str) -> None:
+    alone = whole(ran, tiny, name)
+    alone.train(range(4))
+    found = load_file(ran / f"{name}.safetensors")
+    assert_close(found, alone.figures())
+    # A worker holds a quarter, and what does not divide.
+    everything = (shard_bytes(alone.task.module), shard_bytes(alone.task.diffuser.unet))
+    assert all(part < 0.3 * total for part, total in zip(found["held"].tolist(), everything, strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_worker_goes_on_where_four_stopped(ran: Path, tiny: Path, name: str) -> None:
+    alone = whole(ran, tiny, name)
+    folder = checkpoint.latest(ran / name)
+    assert folder is not None and len(list((folder / "trainer" / SHARDS).iterdir())) == 4
+    alone.restore(folder)
+    alone.train(range(2, 4))
+    found, expected = load_file(ran / f"{name}.safetensors"), alone.figures()
+    assert_close({**found, "norms": found["norms"][2:]}, expected)
+
+
+def test_four_workers_go_on_where_one_stopped(ran: Path) -> None:
+    found, expected = load_file(ran / "from_whole.safetensors"), load_file(ran / "both.safetensors")
+    assert_close(found, {**expected, "norms": expected["norms"][2:], "held": found["held"]})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_shards_consolidate_to_folders_that_load(ran: Path, tiny: Path, name: str) -> None:
+    """With the averaged weights, as those of an unsharded run."""
+    alone = whole(ran, tiny, name)
+    alone.train(range(2))
+    alone.save(ran / f"{name}-alone", 2)
+    folders = [checkpoint.latest(ran / run) for run in (name, f"{name}-alone")]
+    assert folders[0] is not None and folders[1] is not None
+    sharded, plain = (trainable.load(load_diffuser(alone.recipe.model), folder) for folder in folders if folder)
+    assert sharded.keys() == plain.keys()
+    for part in plain:
+        for key, value in plain[part].state_dict().items():
+            torch.testing.assert_close(sharded[part].state_dict()[key], value, rtol=1e-5, atol=1e-5)
+    configs = [
+        sorted(path.relative_to(f) for path in f.rglob("*.json") if path.parent != f and path.parent.name != "trainer")
+        for f in folders
+        if f
+    ]
+    assert configs[0] == configs[1]
+    for config in configs[0]:
+        assert (folders[0] / config).read_text() == (folders[1] / config).read_text()
+
+
+def test_shards_are_safetensors_alone(ran: Path) -> None:
+    folder = ran / "both" / "checkpoints" / "step-000002"
+    checkpoint.verify(folder)
+    assert {path.suffix for path in folder.rglob("*") if path.is_file()} == {".json", ".safetensors"}
+    for path in (folder / "trainer" / SHARDS).iterdir():
+        with safe_open(path, framework="pt") as file:
+            assert file.keys()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"workers.num": 0}, "workers.num = 0; allowed: 1 or more"),
+        ({"task.train": {"text_encoder": {}}}, "only text_encoder trains"),
+        ({"model.compile": True}, "model.compile = true; allowed: false"),
+        ({"model.channels_last": True}, "model.channels_last = true; allowed: false"),
+        ({"run.storage": "s3://bucket/run"}, "--out with a folder that all nodes share"),
+        ({"task.window": {"random_last": [1, 2]}}, r"task.window.random_last draws"),
+        ({"task.window": {"last": 2, "recompute": "auto", "memory_limit_gib": 1.0}}, "measured by each worker"),
+        ({"workers.num": [2, 3], "run.micro_batch": 2}, "3 workers have 2 or 3 of run.batch_size = 8"),
+        (
+            {"task.kind": "policy_gradient", "task.window": {"last": 2}, "task.updates_per_rollout": 2},
+            "updates_per_rollout = 2 keeps a whole copy",
+        ),
+    ],
+    ids=str,
+)
+def test_what_cannot_train_in_shards_is_refused(tiny_recipe: Path, changes: dict, expected: str) -> None:
+    with pytest.raises(RecipeError, match=expected):
+        load(tiny_recipe, {**BATCH, "task.train.unet.method": "full", **changes})
