@@ -1,19 +1,44 @@
 """Workers without Ray for `test_sharding`: processes that each step their share of every batch, in shards or whole."""
 
 import multiprocessing
+from contextlib import nullcontext
 from fractions import Fraction
+from multiprocessing import connection
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from craftor import checkpoint, sharded_checkpoint
 from craftor.calibrate import PROMPT, sample_rows
+from craftor.chief import Chief, save_shards
+from craftor.interruption import Sigterm
 from craftor.recipe import load
-from craftor.sharding import shard, sum_of_squares, whole
+from craftor.sharding import local, shard, whole
 from craftor.stream import Rows, slots
 from craftor.tasks import build
 from craftor.updates import drift, update_average
+
+CASES = {
+    "both": {"task.train.unet.method": "full", "task.train.text_encoder.method": "full", "run.micro_batch": 1},
+    "chain": {"task.train.unet.method": "full", "task.window": {"start": 1, "stop": 3, "recompute": 1}},
+    "xl": {
+        "model.path": "sdxl",
+        "task.train.text_encoder.method": "full",
+        "task.train.text_encoder_2.method": "full",
+        "task.train.unet.method": "lora",
+        "model.gradient_checkpointing": True,
+    },
+    "policy": {"task.kind": "policy_gradient", "task.window": {"last": 2}, "task.train.unet.method": "full"},
+}
+BATCH = {"run.batch_size": 8, "workers.num": 4, "workers.strategy": "fsdp"}
+
+
+def recipes(root: Path) -> dict[str, dict]:
+    found = {name: {**BATCH, **case} for name, case in CASES.items()}
+    found["xl"]["model.path"] = str(root / "sdxl")
+    return found
 
 
 class Worker:
@@ -42,29 +67,18 @@ class Worker:
             self.optimizer.step()
             update_average(self.average, self.task.module, 0.9, step)
 
-    def save(self, run_dir: Path, step: int) -> None:
-        """As `chief` does."""
-        folder = checkpoint.unfinished(run_dir, step)
-        if self.blank is None:
-            checkpoint.save(
-                run_dir,
-                step,
-                save_module=self.task.save,
-                module=self.task.module,
-                optimizer=self.optimizer,
-                average=self.average,
-                state={},
-            )
-            return
-        if self.rank == 0:
-            checkpoint.begin(run_dir, step)
-        torch.distributed.barrier()
-        sharded_checkpoint.write(folder, self.task.module, self.optimizer, self.average)
-        if self.rank == 0:
-            self.task.save(folder, sharded_checkpoint.consolidate(folder, self.blank, averaged=True))
-            checkpoint.write_state(folder, step, {})
-            checkpoint.complete(folder)
-        torch.distributed.barrier()
+    def save(self, run_dir: Path, step: int, home: str | None = None) -> None:
+        """As `fit` does."""
+        run_dir.mkdir(exist_ok=True)
+        state = (step, self.task, self.optimizer, self.average, "")
+        with Chief(self.recipe, run_dir, 0, Sigterm()) if self.rank == 0 else nullcontext() as lead:
+            if self.blank is not None:
+                save_shards(lead, run_dir, home, *state, self.blank)
+            else:
+                assert lead is not None
+                lead.save(*state)
+        if self.world_size:
+            torch.distributed.barrier()
 
     def restore(self, folder: Path) -> None:
         sharded_checkpoint.restore(folder, self.task.module, self.optimizer, self.average)
@@ -98,8 +112,13 @@ def together(num: int, function, *arguments) -> None:
     processes = [context.Process(target=_member, args=(rank, num, function, arguments)) for rank in range(num)]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join()
+    alive = processes
+    while alive:
+        connection.wait([process.sentinel for process in alive])
+        alive = [process for process in alive if process.is_alive()]
+        if any(process.exitcode for process in processes):
+            for process in alive:  # they wait for the one that has failed
+                process.kill()
     assert [process.exitcode for process in processes] == [0] * num
 
 
@@ -111,11 +130,30 @@ def _member(rank: int, num: int, function, arguments) -> None:
     torch.distributed.destroy_process_group()
 
 
+def member(rank: int, num: int, folder: str, recipe: str, root: str) -> None:
+    """Every case: two steps, a checkpoint, two more; and "both" once more from a whole model's checkpoint."""
+    for name, overrides in recipes(Path(root)).items():
+        worker = Worker(Path(recipe), overrides, rank, num)
+        held = shard_bytes(worker.task.module), shard_bytes(worker.task.diffuser.unet)
+        worker.train(range(2))
+        worker.save(Path(folder) / name, 2)
+        if name == "both":
+            worker.save(Path(folder) / f"node-{rank}", 2, f"file://{folder}/away")
+        worker.train(range(2, 4))
+        worker.task.assert_frozen()
+        _note(rank, Path(folder) / f"{name}.safetensors", worker, held)
+    worker = Worker(Path(recipe), recipes(Path(root))["both"], rank, num)
+    worker.restore(Path(folder) / "whole" / "checkpoints" / "step-000002")
+    worker.train(range(2, 4))
+    _note(rank, Path(folder) / "from_whole.safetensors", worker, (0, 0))
+
+
+def _note(rank: int, path: Path, worker: Worker, held: tuple[int, int]) -> None:
+    figures = {**worker.figures(), "held": torch.tensor(held)}
+    if rank == 0:
+        save_file({name: value.contiguous() for name, value in figures.items()}, path)
+
+
 def shard_bytes(module: nn.Module) -> int:
     """Of a module's parameters, what this worker holds."""
-    from craftor.sharding import local
-
     return sum(local(p.detach()).nbytes for p in module.parameters())
-
-
-__all__ = ["Worker", "shard_bytes", "sum_of_squares", "together"]

@@ -5,56 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from conftest import write_tiny_recipe
 from craftor import checkpoint, trainable
 from craftor.diffuser import load as load_diffuser
 from craftor.recipe import RecipeError, load
 from craftor.sharded_checkpoint import SHARDS
-from sharded_workers import Worker, shard_bytes, together
-
-CASES = {
-    "both": {"task.train.unet.method": "full", "task.train.text_encoder.method": "full", "run.micro_batch": 1},
-    "chain": {"task.train.unet.method": "full", "task.window": {"start": 1, "stop": 3, "recompute": 1}},
-    "xl": {
-        "model.path": "sdxl",
-        "task.train.text_encoder.method": "full",
-        "task.train.text_encoder_2.method": "full",
-        "task.train.unet.method": "lora",
-        "model.gradient_checkpointing": True,
-    },
-    "policy": {"task.kind": "policy_gradient", "task.window": {"last": 2}, "task.train.unet.method": "full"},
-}
-BATCH = {"run.batch_size": 8, "workers.num": 4, "workers.strategy": "fsdp"}
-
-
-def recipes(root: Path) -> dict[str, dict]:
-    found = {name: {**BATCH, **case} for name, case in CASES.items()}
-    found["xl"]["model.path"] = str(root / "sdxl")
-    return found
-
-
-def member(rank: int, num: int, folder: str, recipe: str, root: str) -> None:
-    """Every case: two steps, a checkpoint, two more; and "both" once more from a whole model's checkpoint."""
-    for name, overrides in recipes(Path(root)).items():
-        worker = Worker(Path(recipe), overrides, rank, num)
-        held = shard_bytes(worker.task.module), shard_bytes(worker.task.diffuser.unet)
-        worker.train(range(2))
-        worker.save(Path(folder) / name, 2)
-        worker.train(range(2, 4))
-        worker.task.assert_frozen()
-        _note(rank, Path(folder) / f"{name}.safetensors", worker, held)
-    worker = Worker(Path(recipe), recipes(Path(root))["both"], rank, num)
-    worker.restore(Path(folder) / "whole" / "checkpoints" / "step-000002")
-    worker.train(range(2, 4))
-    _note(rank, Path(folder) / "from_whole.safetensors", worker, (0, 0))
-
-
-def _note(rank: int, path: Path, worker: Worker, held: tuple[int, int]) -> None:
-    figures = {**worker.figures(), "held": torch.tensor(held)}
-    if rank == 0:
-        save_file({name: value.contiguous() for name, value in figures.items()}, path)
+from sharded_workers import BATCH, CASES, Worker, member, recipes, shard_bytes, together
 
 
 @pytest.fixture(scope="module")
@@ -131,10 +89,18 @@ def test_shards_consolidate_to_folders_that_load(ran: Path, tiny: Path, name: st
         assert (folders[0] / config).read_text() == (folders[1] / config).read_text()
 
 
+def test_shards_of_nodes_without_a_common_folder_meet_at_the_url(ran: Path) -> None:
+    """What is there is what a common folder has; nodes keep nothing of it."""
+    there, here = (ran / run / "checkpoints" / "step-000002" for run in ("away", "both"))
+    checkpoint.verify(there)
+    assert checkpoint.digests(there) == checkpoint.digests(here)
+    assert not any((ran / f"node-{rank}" / "checkpoints" / ".writing-step-000002").exists() for rank in range(4))
+
+
 def test_shards_are_safetensors_alone(ran: Path) -> None:
     folder = ran / "both" / "checkpoints" / "step-000002"
     checkpoint.verify(folder)
-    assert {path.suffix for path in folder.rglob("*") if path.is_file()} == {".json", ".safetensors"}
+    assert {path.suffix for path in folder.rglob("*") if path.is_file()} == {".json", ".jsonl", ".safetensors"}
     for path in (folder / "trainer" / SHARDS).iterdir():
         with safe_open(path, framework="pt") as file:
             assert file.keys()
@@ -147,7 +113,6 @@ def test_shards_are_safetensors_alone(ran: Path) -> None:
         ({"task.train": {"text_encoder": {}}}, "only text_encoder trains"),
         ({"model.compile": True}, "model.compile = true; allowed: false"),
         ({"model.channels_last": True}, "model.channels_last = true; allowed: false"),
-        ({"run.storage": "s3://bucket/run"}, "--out with a folder that all nodes share"),
         ({"task.window": {"random_last": [1, 2]}}, r"task.window.random_last draws"),
         ({"task.window": {"last": 2, "recompute": "auto", "memory_limit_gib": 1.0}}, "measured by each worker"),
         ({"workers.num": [2, 3], "run.micro_batch": 2}, "3 workers have 2 or 3 of run.batch_size = 8"),

@@ -3,6 +3,7 @@
 import json
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,7 @@ class Chief:
 def save_shards(
     lead: Chief | None,
     run_dir: Path,
+    home: str | None,
     step: int,
     task: Task,
     optimizer: torch.optim.Optimizer,
@@ -120,24 +122,36 @@ def save_shards(
 ) -> None:
     """Write a checkpoint of what is sharded; all workers call it together, worker 0 with its `lead`.
 
-    Its pipeline folder is made of the shards' files by worker 0, while training goes on.
+    Its pipeline folder is made of the shards' files by worker 0, while training goes on. Where the run's home is a URL,
+    the others' shards come to worker 0 over it.
     """
-    folder = checkpoint.unfinished(run_dir, step)
-    if not first_says(lead is None or lead.saver.begin(step) is not None, torch.distributed.get_world_size()):
+    url = f"{home}/checkpoints/{checkpoint.folder_name(step)}" if home is not None else None
+    prepare = partial(sharded_checkpoint.clear, url) if url is not None else None
+    begun = lead is None or lead.saver.begin(step, prepare) is not None
+    if not first_says(begun, torch.distributed.get_world_size()):
         return
+
+    def write_shards(folder: Path) -> None:
+        sharded_checkpoint.write(folder, task.module, optimizer, average)
+        if url is not None:
+            sharded_checkpoint.hand_over(folder, url)
+
+    folder = checkpoint.unfinished(run_dir, step)
     if lead is None:
         with suppress(OSError):  # worker 0 has it too, and notes it
-            sharded_checkpoint.write(folder, task.module, optimizer, average)
+            write_shards(folder)
         return
     lead.save_sheet(step, task)
     state = lead.state(step, task)
 
     def write(folder: Path) -> None:
-        sharded_checkpoint.write(folder, task.module, optimizer, average)
+        write_shards(folder)
         (folder / "trainer" / ledger.FILE).write_text(samples)
         checkpoint.write_state(folder, step, state)
 
     def consolidate(folder: Path) -> None:
+        if url is not None:
+            sharded_checkpoint.fetch(folder, url)
         task.save(folder, sharded_checkpoint.consolidate(folder, blank, averaged=average is not None))
 
     lead.saver.end(folder, step, write, consolidate)

@@ -1,7 +1,6 @@
 """What training workers tell each other: gradients, per-sample metrics, what to do next."""
 
 import torch
-from ray.train.torch import get_device
 from torch import Tensor, nn
 
 from craftor.interruption import Next
@@ -51,6 +50,7 @@ def first_says(number: int, world_size: int) -> int:
     """Worker 0's number, on every worker."""
     if world_size == 1:
         return int(number)
-    message = torch.tensor(int(number), device=get_device())
+    nccl = torch.distributed.get_backend() == "nccl"
+    message = torch.tensor(int(number), device=torch.cuda.current_device() if nccl else "cpu")
     torch.distributed.broadcast(message, src=0)
     return int(message.item())

@@ -262,7 +262,8 @@ def _steps(config: dict[str, Any], run_dir: Path) -> None:
             if due or leaves or then == Next.SAVE_AND_END:
                 samples = book.close(step, device)
                 if blank is not None:
-                    chief.save_shards(lead, run_dir, step, task, optimizer, average, samples, blank)
+                    home = recipe.run.storage
+                    chief.save_shards(lead, run_dir, home, step, task, optimizer, average, samples, blank)
                 elif lead is not None:
                     lead.save(step, task, optimizer, average, samples)
                 if lead is not None and leaves:

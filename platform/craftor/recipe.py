@@ -184,7 +184,6 @@ class Recipe(Section):
             ("workers.num", self.workers.num, self.workers.least == 0, "1 or more"),
             ("model.channels_last", "true", self.model.channels_last, "false"),
             ("model.compile", "true", self.model.compile, "false"),
-            ("run.storage", self.run.storage, self.run.storage is not None, "--out with a folder that all nodes share"),
             ("search", "{...}", self.search is not None, "no search"),
         ):
             if unfit:

@@ -37,12 +37,17 @@ class Saver:
         if (folder := self.begin(step)) is not None:
             self.end(folder, step, write)
 
-    def begin(self, step: int) -> Path | None:
-        """An empty folder for a checkpoint, once the one before is done; None where it is missed."""
+    def begin(self, step: int, prepare: Callable[[], None] | None = None) -> Path | None:
+        """An empty folder for a checkpoint, once the one before is done; None where it is missed.
+
+        `prepare` is done first, and may fail as storage does.
+        """
         self.wait()
         try:
+            if prepare is not None:
+                prepare()
             return checkpoint.begin(self.run_dir, step)
-        except OSError as error:
+        except storage.failures() as error:
             self._miss(step, error)
             return None
 

@@ -5,6 +5,7 @@ the files' own headers: no pickle. Any number of workers reads them, one include
 """
 
 import copy
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from craftor import checkpoint
+from craftor import checkpoint, storage
 from craftor.sharding import kept
 
 SHARDS = "shards"
@@ -38,6 +39,39 @@ def write(
         if not all(isinstance(cause, OSError) for cause in causes):
             raise
         raise OSError(f"{folder}: worker {min(error.failures)}: {causes[0]}") from error
+
+
+def clear(url: str) -> None:
+    """Remove what an attempt to save the checkpoint of this URL has left, of other workers perhaps."""
+    filesystem, path = storage.open_url(url)
+    if storage.retried(lambda: filesystem.exists(path)):
+        storage.retried(lambda: filesystem.rm(path, recursive=True))
+
+
+def hand_over(folder: Path, url: str) -> None:
+    """Upload this worker's shards to the checkpoint's URL, where worker 0, which has its own, can fetch them.
+
+    All workers call it together. Raises OSError on all of them where one cannot upload.
+    """
+    error: BaseException | None = None
+    if torch.distributed.get_rank():
+        try:
+            storage.put(folder / "trainer" / SHARDS, f"{url}/trainer/{SHARDS}")
+        except storage.failures() as raised:
+            error = raised
+        shutil.rmtree(folder)
+    said: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(said, error and str(error))
+    for rank, reason in enumerate(said):
+        if reason is not None:
+            raise OSError(f"{url}: worker {rank}: {reason}") from error
+
+
+def fetch(folder: Path, url: str) -> None:
+    """Worker 0: complete its own shards by those that were handed over."""
+    filesystem, source = storage.open_url(f"{url}/trainer/{SHARDS}")
+    for path in storage.retried(lambda: filesystem.find(source)):
+        storage.get_file(filesystem, path, folder / "trainer" / SHARDS / path.rsplit("/", 1)[1])
 
 
 def restore(
