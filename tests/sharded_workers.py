@@ -71,7 +71,8 @@ class Worker:
         """As `fit` does."""
         run_dir.mkdir(exist_ok=True)
         state = (step, self.task, self.optimizer, self.average, "")
-        with Chief(self.recipe, run_dir, 0, Sigterm()) if self.rank == 0 else nullcontext() as lead:
+        recipe = self.recipe.model_copy(update={"run": self.recipe.run.model_copy(update={"storage": home})})
+        with Chief(recipe, run_dir, 0, Sigterm()) if self.rank == 0 else nullcontext() as lead:
             if self.blank is not None:
                 save_shards(lead, run_dir, home, *state, self.blank)
             else:

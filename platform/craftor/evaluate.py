@@ -60,13 +60,13 @@ def used_steps(recipe: Recipe) -> tuple[int, int]:
     return (acts.start if use_from is None else use_from, acts.stop)
 
 
-def held_out_prompts(evaluation: Evaluation) -> list[dict[str, Any]]:
+def held_out_prompts(evaluation: Evaluation, section: str = "evaluation") -> list[dict[str, Any]]:
     """The first `num_prompts` lines of the held-out file. Raises ValueError where there are fewer."""
     lines = Path(locate(evaluation.prompts)).read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines if line.strip()][: evaluation.num_prompts]
     if len(rows) < evaluation.num_prompts:
         raise EvaluationError(
-            f"evaluation.num_prompts = {evaluation.num_prompts}: {evaluation.prompts} has {len(rows)} prompts"
+            f"{section}.num_prompts = {evaluation.num_prompts}: {evaluation.prompts} has {len(rows)} prompts"
         )
     return [
         {"number": i, "index": i, "prompt": r["prompt"], "description": r.get("description")}

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from craftor.tasks import Task
 
@@ -34,6 +36,10 @@ def shard(task: Task, device: torch.device) -> nn.ModuleDict:
         for module in [*(m for m in part.modules() if isinstance(m, BLOCKS)), part]:
             # The outermost too: what an optimiser step has changed is never read from before it.
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        for module in part.modules():
+            if isinstance(module, PreTrainedModel):
+                # It looks its hidden states up by its class, and sharding has given it another.
+                _CAN_RECORD_REGISTRY[module] = module._can_record_outputs
     return blank
 
 

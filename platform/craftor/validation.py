@@ -42,7 +42,7 @@ def config(recipe: Recipe, run_dir: Path) -> ValidationConfig | None:
             fn_kwargs={
                 "recipe": recipe.data_of(),
                 "run_dir": str(run_dir.resolve()),
-                "rows": held_out_prompts(evaluation),
+                "rows": held_out_prompts(evaluation, "validation"),
             },
             timeout_s=settings.timeout_s,
         ),
