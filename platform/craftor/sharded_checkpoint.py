@@ -92,12 +92,13 @@ def restore(
         _require(folder, tensors, reader.read_metadata().state_dict_metadata)
         dcp.load(tensors, storage_reader=reader)
     else:
-        _load_whole(folder, {key: tensor for key, tensor in tensors.items() if not _is_frozen(key, module)})
+        frozen = {f"module/{name}" for name in kept(module).keys() - checkpoint.trained(module).keys()}
+        _load_whole(folder, {key: tensor for key, tensor in tensors.items() if key not in frozen})
     return step
 
 
 def _load_whole(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """From the files of `checkpoint`, of which each worker takes its shard."""
+    """From the files of `checkpoint`, which have only what trains; each worker takes its shard."""
     found = {
         f"{kind}/{name.replace('::', '/')}": value
         for kind in dict.fromkeys(key.split("/")[0] for key in tensors)
@@ -115,11 +116,6 @@ def _load_whole(folder: Path, tensors: dict[str, Tensor]) -> None:
 def _require(folder: Path, tensors: Mapping[str, Tensor], found: Mapping[str, object]) -> None:
     if missing := sorted(tensors.keys() - found.keys()):
         raise ValueError(f"{folder}: its weights are not those that train: it lacks {missing}")
-
-
-def _is_frozen(key: str, module: nn.ModuleDict) -> bool:
-    """Whether it is a weight that trains in no part, which only shards have."""
-    return key.startswith("module/") and key.removeprefix("module/") not in checkpoint.trained(module)
 
 
 def consolidate(folder: Path, blank: nn.ModuleDict, *, averaged: bool) -> nn.ModuleDict:

@@ -51,12 +51,13 @@ def _blank(module: nn.Module) -> nn.Module:
 
 def kept(modules: nn.ModuleDict) -> dict[str, nn.Parameter]:
     """The parameters that a checkpoint has by name: all of a part that trains whole, of LoRA only its matrices."""
-    return {
-        f"{part}.{name}": parameter
-        for part, module in modules.items()
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad or not any(isinstance(m, BaseTunerLayer) for m in module.modules())
-    }
+    found = {}
+    for part, module in modules.items():
+        adapted = any(isinstance(m, BaseTunerLayer) for m in module.modules())
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad or not adapted:
+                found[f"{part}.{name}"] = parameter
+    return found
 
 
 def whole(tensor: Tensor) -> Tensor:
