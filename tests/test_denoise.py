@@ -49,11 +49,11 @@ def gradient_leaves(tuned: Prompt) -> Prompt:
     return Prompt(*(condition.map(lambda t: t.requires_grad_()).leaf() for condition in tuned))
 
 
-def chain(guided: Guided, where: Plan, direct: bool, kept: int, trained=()) -> tuple[torch.Tensor, Prompt]:
+def chain(guided: Guided, where: Plan, direct: bool, kept: int) -> tuple[torch.Tensor, Prompt]:
     """The final latents and the tuned prompt with its gradient."""
     state, tuned, original, direction = prompts()
     leaves = gradient_leaves(tuned)
-    chain = Chain(guided, where, leaves, original, direct, kept, trained)
+    chain = Chain(guided, where, leaves, original, direct, kept)
     final = chain.forward(sample(guided, state, original, range(where.start)))
     chain.backward(direction)
     return final.detach(), leaves
@@ -117,7 +117,7 @@ def test_the_unet_receives_the_gradient_of_its_own_window(guided: Guided, direct
     where = plan(Window(start=1, stop=4), NUM_STEPS, 0, range(3))
     parameters = [p.requires_grad_() for p in guided.unet.parameters()]
     try:
-        chain(guided, where, direct, kept=1, trained=parameters)
+        chain(guided, where, direct, kept=1)
         found = [p.grad.clone() for p in parameters]
         guided.unet.zero_grad()
         frozen = copy.deepcopy(guided.unet).requires_grad_(False)

@@ -7,8 +7,8 @@ import pytest
 
 from craftor.cluster import alive_nodes
 from craftor.console import findings_table
-from craftor.doctor import attention, examine, gpus, home_finding, kernels, token, versions, weights
-from craftor.recipe import load
+from craftor.doctor import attention, examine, gpus, home_finding, kernels, token, validation, versions, weights
+from craftor.recipe import Validation, load
 
 REPORT = {
     "versions": {"craftor": "0.1", "python": "3.11", "ray": "2.60", "torch": "2.13"},
@@ -36,6 +36,23 @@ def test_what_a_node_lacks_is_found(cluster: None, tiny_recipe: Path, tmp_path: 
     (tmp_path / "file").write_text("")
     found = home_finding(str(tmp_path / "file" / "run"), alive_nodes())
     assert found.verdict == "failure" and "cannot be written" in found.said
+
+
+@pytest.mark.parametrize(
+    ("settings", "verdict", "said"),
+    [
+        ({}, "ok", "1 CPU: on 10.0.0.1, 10.0.0.2"),
+        ({"resources": {"inference": 1}}, "ok", "1 CPU, 1 inference: on 10.0.0.2"),
+        ({"num_gpus": 1}, "warning", "no node has 1 CPU, 1 GPU"),
+    ],
+)
+def test_a_validation_that_no_node_has_room_for_is_found(settings: dict, verdict: str, said: str) -> None:
+    nodes = [
+        {"NodeManagerAddress": "10.0.0.1", "Resources": {"CPU": 2.0}},
+        {"NodeManagerAddress": "10.0.0.2", "Resources": {"CPU": 1.0, "inference": 1.0}},
+    ]
+    found = validation(Validation(prompts="held_out.jsonl", **settings), nodes)
+    assert (found.verdict, found.said) == (verdict, said)
 
 
 def test_an_unreachable_mlflow_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,6 +86,16 @@ def test_more_devices_are_faster_and_small_ones_do_not_fit(tiny_recipe: Path) ->
     assert "does NOT fit" in lines["memory"] and huge.bottleneck in lines["bottleneck"]
 
 
+def test_shards_take_less_memory_and_more_messages(tiny_recipe: Path) -> None:
+    changes = {"task.train": {"unet": {}}, "workers.num": 4}
+    whole, sharded = (load(tiny_recipe, {**changes, "workers.strategy": name}) for name in ("ddp", "fsdp"))
+    found = [predict(count(recipe), recipe, DEVICES["A100-80G"], 4, 2, 2.0) for recipe in (whole, sharded)]
+    assert found[1].memory_gib < found[0].memory_gib
+    assert found[1].seconds["gathering weights"] > found[0].seconds["exchanging gradients"]
+    # 2 denoising steps without gradient; 2 with, whose weights are gathered twice and whose gradient is handed on.
+    assert count(sharded).gathered_bytes == (2 + 3 * 2) * 4 * count(sharded).trained
+
+
 def test_a_cpu_is_timed(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "SECONDS", 0.5)
     recipe: Recipe = load(tiny_recipe)

@@ -28,9 +28,7 @@ def predict(recipe: Recipe, work: Work) -> Prediction:
     task = build(recipe)
     share = -(-recipe.run.batch_size // recipe.workers.most)
     at_once = min(share, recipe.run.micro_batch or share)
-    # Reward tuning's task, which has a diffuser: `plan` refuses others before.
-    # Every task that is planned tunes by reward and has a diffuser, which the protocol of tasks does not promise.
-    rows = sample_rows(task.diffuser.tokenize([PROMPT] * min(at_once, SAMPLES)), recipe)  # type: ignore[attr-defined]
+    rows = sample_rows(task.diffuser.tokenize([PROMPT] * min(at_once, SAMPLES)), recipe)
     size = len(rows.position)
     with counting() as counter:
         task.step(rows)
@@ -45,7 +43,8 @@ def predict(recipe: Recipe, work: Work) -> Prediction:
     crowded = max(1.0, recipe.workers.most * recipe.workers.threads / len(os.sched_getaffinity(0)))
     rate = size * flops / median(times) / crowded
     step = share * flops / rate
-    memory = (base + at_once * work.activation_bytes + 3 * 4.0 * work.trained) / 2**30
+    elsewhere = work.shared_bytes * (1 - 1 / recipe.workers.most)
+    memory = (base + at_once * work.activation_bytes + 3 * 4.0 * work.trained - elsewhere) / 2**30
     total = sum(work.flops.values())
     seconds = {name: step * own / total for name, own in work.flops.items()}
     return Prediction(

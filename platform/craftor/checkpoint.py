@@ -1,8 +1,8 @@
 """Checkpoints: Hugging Face layout plus `trainer/`, safetensors only, complete or not there at all.
 
-`checkpoints/step-000050/` holds the trained parts (`text_encoder/`, `unet/`, `lora/`), `trainer/` (weights,
-optimiser, `state.json`) and `manifest.json` with the sha256 of every other file. It is written under a
-temporary name and renamed, so a half-written checkpoint never has the name of a whole one.
+`checkpoints/step-000050/` holds the trained parts (`text_encoder/`, `unet/`, `lora/`), `trainer/` (weights, optimiser,
+`state.json`; what is sharded as `sharded_checkpoint` has it) and `manifest.json` with the sha256 of every other file.
+It is written under a temporary name and renamed, so a half-written checkpoint never has the name of a whole one.
 """
 
 import hashlib
@@ -37,10 +37,20 @@ def save(
 
 def begin(run_dir: Path, step: int) -> Path:
     """An empty folder under a temporary name."""
-    folder = run_dir / "checkpoints" / f"{WRITING}step-{step:06d}"
+    folder = unfinished(run_dir, step)
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "trainer").mkdir(parents=True)
     return folder
+
+
+def unfinished(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step is until it is complete."""
+    return run_dir / "checkpoints" / f"{WRITING}{folder_name(step)}"
+
+
+def folder_name(step: int) -> str:
+    """Of a complete checkpoint."""
+    return f"step-{step:06d}"
 
 
 def write(
@@ -60,6 +70,10 @@ def write(
     save_file(weights, folder / "trainer" / "module.safetensors")
     if average is not None:
         save_file(average, folder / "trainer" / "average.safetensors")
+    write_state(folder, step, state)
+
+
+def write_state(folder: Path, step: int, state: dict) -> None:
     (folder / "trainer" / "state.json").write_text(json.dumps({**state, "step": step}, indent=2))
 
 

@@ -1,7 +1,6 @@
 """What training workers tell each other: gradients, per-sample metrics, what to do next."""
 
 import torch
-from ray.train.torch import get_device
 from torch import Tensor, nn
 
 from craftor.interruption import Next
@@ -44,8 +43,14 @@ def gather(metrics: dict[str, Tensor], shares: list[int]) -> dict[str, Tensor]:
 
 def agreed(decision: Next, world_size: int) -> Next:
     """Worker 0's decision, on every worker."""
+    return Next(first_says(decision, world_size))
+
+
+def first_says(number: int, world_size: int) -> int:
+    """Worker 0's number, on every worker."""
     if world_size == 1:
-        return decision
-    message = torch.tensor(int(decision), device=get_device())
+        return int(number)
+    nccl = torch.distributed.get_backend() == "nccl"
+    message = torch.tensor(int(number), device=torch.cuda.current_device() if nccl else "cpu")
     torch.distributed.broadcast(message, src=0)
-    return Next(int(message.item()))
+    return int(message.item())

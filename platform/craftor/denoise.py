@@ -6,7 +6,7 @@ when its turn comes (`kept`), so memory need not grow with the window. The gradi
 the trained encoders' conditions and, where the UNet trains, its parameters.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import UNet2DConditionModel
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from craftor.embed import Condition
 from craftor.plan import Plan
@@ -99,15 +99,19 @@ def sample(guided: Guided, state: State, prompt: Prompt, steps: range) -> State:
 
 @dataclass
 class _Call:
-    """A network call that the gradient passes: which rows see which prompt, and the leaves it fills."""
+    """A network call: which rows see which prompt, and whether the gradient passes."""
 
     index: int
     rows: Tensor | slice
     inside: bool
     latents: Tensor
-    leaves: list[Tensor]
+    """A leaf; it requires gradient where earlier steps receive it."""
     output: Tensor | None = None
     """With its graph where that is kept; None where it is to be rebuilt."""
+
+    @property
+    def carries(self) -> bool:
+        return self.inside or self.latents.requires_grad
 
 
 @dataclass
@@ -126,8 +130,6 @@ class Chain:
     direct: bool = False
     kept: int = 1 << 30
     """So many of the last steps keep their graph, the others are rebuilt."""
-    trained: Sequence[nn.Parameter] = ()
-    """Parameters of the UNet that receive gradient from steps inside the window."""
     _calls: list[list[_Call]] = field(default_factory=list, init=False)
 
     def forward(self, state: State) -> Float[Tensor, "b c h w"]:
@@ -138,10 +140,10 @@ class Chain:
             output = torch.zeros_like(state.latents)
             self._calls.append([])
             for call in self._calls_at(index, state.latents):
-                kept = bool(call.leaves) and index >= self.plan.num_steps - self.kept
+                kept = call.carries and index >= self.plan.num_steps - self.kept
                 found = self._run(call, with_graph=kept)
                 output[call.rows] = found.detach()
-                if call.leaves:
+                if call.carries:
                     call.output = found if kept else None
                     self._calls[-1].append(call)
             x0 = step.x0(state.latents, output)
@@ -168,7 +170,9 @@ class Chain:
             by_latents = step.keep * by_latents + step.p * here
             for call in self._calls.pop():
                 output = self._run(call, with_graph=True) if call.output is None else call.output
-                torch.autograd.backward(output, step.q * here[call.rows], inputs=call.leaves)
+                # Inside the window every leaf of the graph receives it. The UNet's cannot be named here: one that is
+                # sharded has others in its graph than among its parameters.
+                torch.autograd.backward(output, step.q * here[call.rows], inputs=None if call.inside else call.latents)
                 if call.latents.grad is not None:
                     by_latents[call.rows] += call.latents.grad
         for tensor in (*self.tuned.condition.tensors, *self.tuned.null.tensors):
@@ -179,7 +183,9 @@ class Chain:
         """float16 loses gradients as small as a mean over a batch; the walk is linear, so it can run scaled up."""
         if self.guided.precision != torch.float16:
             return 1.0
-        assert not self.trained, "the UNet's own gradient would stay scaled"
+        assert not any(p.requires_grad for p in self.guided.unet.parameters()), (
+            "the UNet's own gradient would stay scaled"
+        )
         return gradient.abs().max().clamp(min=1e-30).reciprocal()
 
     def _calls_at(self, index: int, latents: Tensor) -> Iterator[_Call]:
@@ -194,13 +200,7 @@ class Chain:
             if not group.any():
                 continue
             rows = slice(None) if group.all() else group.nonzero().flatten()
-            call = _Call(index, rows, in_window, latents[rows].detach(), [])
-            if in_window:
-                tensors = (*self.tuned.condition.tensors, *self.tuned.null.tensors, *self.trained)
-                call.leaves += [tensor for tensor in tensors if tensor.requires_grad]
-            if passes:
-                call.leaves.append(call.latents.requires_grad_())
-            yield call
+            yield _Call(index, rows, in_window, latents[rows].detach().requires_grad_(passes))
 
     def _run(self, call: _Call, *, with_graph: bool) -> Tensor:
         with torch.set_grad_enabled(with_graph):

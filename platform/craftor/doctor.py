@@ -17,7 +17,7 @@ from torch import Tensor
 
 from craftor import __version__, preflight, storage, tracking
 from craftor.cluster import alive_nodes
-from craftor.recipe import Recipe, RecipeError
+from craftor.recipe import Recipe, RecipeError, Validation
 
 PACKAGES = ("ray", "torch", "diffusers", "transformers", "mlflow", "numpy", "safetensors", "pyarrow")
 TIMEOUT_SECONDS = 60
@@ -25,12 +25,15 @@ TIMEOUT_SECONDS = 60
 
 @dataclass(frozen=True)
 class Finding:
-    """One check's answer; a warning keeps no run from working."""
+    """One check's answer; a warning keeps no run from working. Whatever is not well has a remedy."""
 
     check: str
     verdict: Literal["ok", "warning", "failure"]
     said: str
     remedy: str = ""
+
+    def __post_init__(self) -> None:
+        assert self.verdict == "ok" or self.remedy, f"{self.check}: {self.said}; and no remedy"
 
 
 def examine(recipe: Recipe | None, source: Path, out: Path, joined: bool) -> list[Finding]:
@@ -46,7 +49,11 @@ def examine(recipe: Recipe | None, source: Path, out: Path, joined: bool) -> lis
         home_finding(home, nodes),
         mlflow(out.parent),
     ]
-    return findings + ([weights(recipe, source, nodes)] if recipe else [])
+    if recipe is not None:
+        findings.append(weights(recipe, source, nodes))
+    if recipe is not None and recipe.validation is not None:
+        findings.append(validation(recipe.validation, nodes))
+    return findings
 
 
 def on_every_node(nodes: list[dict[str, Any]], task: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
@@ -197,6 +204,25 @@ def weights(recipe: Recipe, source: Path, nodes: list[dict[str, Any]]) -> Findin
         remedy = "hf download MODEL and craftor rewards fetch NAME on those nodes, or paths on a folder that all share"
         return Finding("weights", "failure", said, remedy)
     return Finding("weights", "ok", f"model, rewards and prompts are there on {len(nodes)} node(s)")
+
+
+def validation(settings: Validation, nodes: list[dict[str, Any]]) -> Finding:
+    """A node with all that a validation reserves; an autoscaler may still bring one."""
+    wanted = {"CPU": settings.num_cpus, "GPU": settings.num_gpus, **settings.resources}
+    wanted = {name: amount for name, amount in wanted.items() if amount}
+    fitting = [
+        node["NodeManagerAddress"]
+        for node in nodes
+        if all(node["Resources"].get(name, 0) >= amount for name, amount in wanted.items())
+    ]
+    listed = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items())
+    if not fitting:
+        remedy = (
+            "a node group with them (`ray start --resources='{\"NAME\": 1}'` names a node's own), or "
+            "less in [validation]; without, training ends only after validation.timeout_s for each checkpoint"
+        )
+        return Finding("validation", "warning", f"no node has {listed}", remedy)
+    return Finding("validation", "ok", f"{listed}: on {', '.join(fitting)}")
 
 
 def _missing(recipe: dict[str, Any], source: Path) -> str:

@@ -55,6 +55,10 @@ class Work:
     """Of one sample, at the worst moment of a step."""
     trained: int
     """Parameters that train."""
+    shared_bytes: float = 0.0
+    """Of `weight_bytes`, what workers divide among them where they hold shards."""
+    gathered_bytes: float = 0.0
+    """What a worker gathers for each part of its share of a step, and hands on as gradient, where they do."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,13 @@ def count(recipe: Recipe) -> Work:
     every = sum(part.parameters for part in (*parts.values(), *rewards))
     beside = 5 + bool(recipe.optimizer.ema_decay)  # itself, where it began, gradient, two moments
     half = frozenset(name for name in flops if name.startswith("denoising") and recipe.model.precision != "fp32")
-    return Work(flops, half, 4.0 * (every + beside * trained), activations, trained)
+    weight_bytes = 4.0 * (every + beside * trained)
+    if recipe.workers.strategy == "ddp":
+        return Work(flops, half, weight_bytes, activations, trained)
+    trains_unet = "unet" in recipe.task.train.parts
+    shared = 4.0 * (beside * trained + unet.parameters)  # the original UNet too, where a copy of it trains
+    passes = forward + (2 + trains_unet) * graph + replayed
+    return Work(flops, half, weight_bytes, activations, trained, shared, 4.0 * passes * unet.parameters)
 
 
 def predict(work: Work, recipe: Recipe, device: Device, num_workers: int, num_nodes: int, price: float) -> Prediction:
@@ -106,9 +116,12 @@ def predict(work: Work, recipe: Recipe, device: Device, num_workers: int, num_no
         name: share * flops / (UTILISATION * (device.half if name in work.half else device.single))
         for name, flops in work.flops.items()
     }
-    if num_nodes > 1:
+    if num_nodes > 1 and work.gathered_bytes:
+        seconds["gathering weights"] = -(-share // at_once) * work.gathered_bytes / NETWORK_BYTES
+    elif num_nodes > 1:
         seconds["exchanging gradients"] = 2 * 4.0 * work.trained / NETWORK_BYTES
-    memory = (work.weight_bytes + at_once * work.activation_bytes) / 2**30 + 1.0  # context and workspaces
+    weights = work.weight_bytes - work.shared_bytes * (1 - 1 / num_workers)
+    memory = (weights + at_once * work.activation_bytes) / 2**30 + 1.0  # context and workspaces
     step = sum(seconds.values())
     hours = step * recipe.run.num_steps / 3600
     return Prediction(

@@ -26,7 +26,7 @@ from craftor.prefix_cache import weights_digest
 from craftor.recipe import Evaluation, Recipe, Tuning
 from craftor_micro.referee import ATTRIBUTES
 
-__all__ = ["Asked", "Scorer", "Tuned", "evaluate", "held_out_prompts"]
+__all__ = ["Asked", "Scorer", "Tuned", "evaluate", "held_out_prompts", "used_steps"]
 NUM_SAMPLES = 16
 _NO_MATTER = ("transformers_version", "architectures", "dtype", "torch_dtype")
 """Keys of a configuration that say who wrote it."""
@@ -52,13 +52,21 @@ class Asked:
     """So many prompts are also made with the weights between base and tuned, for the curve."""
 
 
-def held_out_prompts(evaluation: Evaluation) -> list[dict[str, Any]]:
+def used_steps(recipe: Recipe) -> tuple[int, int]:
+    """The denoising steps in which a tuned encoder acts."""
+    assert isinstance(recipe.task, Tuning)
+    use_from = recipe.evaluation.use_from if recipe.evaluation else None
+    acts = recipe.task.acts()
+    return (acts.start if use_from is None else use_from, acts.stop)
+
+
+def held_out_prompts(evaluation: Evaluation, section: str = "evaluation") -> list[dict[str, Any]]:
     """The first `num_prompts` lines of the held-out file. Raises ValueError where there are fewer."""
     lines = Path(locate(evaluation.prompts)).read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines if line.strip()][: evaluation.num_prompts]
     if len(rows) < evaluation.num_prompts:
         raise EvaluationError(
-            f"evaluation.num_prompts = {evaluation.num_prompts}: {evaluation.prompts} has {len(rows)} prompts"
+            f"{section}.num_prompts = {evaluation.num_prompts}: {evaluation.prompts} has {len(rows)} prompts"
         )
     return [
         {"number": i, "index": i, "prompt": r["prompt"], "description": r.get("description")}

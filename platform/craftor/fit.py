@@ -2,8 +2,8 @@
 
 The only file that imports `ray.train`. Each worker computes its slice of every global batch and the gradients are
 averaged once, after the whole backward pass: a step enters its modules many times and by parts, which hooks that
-average during one `backward()` cannot follow. Worker 0 writes metrics (one JSON line a step) and checkpoints into the
-run's folder.
+average during one `backward()` cannot follow. Where workers hold shards (`sharding`), every pass adds its own average.
+Worker 0 writes metrics (one JSON line a step) and checkpoints into the run's folder.
 """
 
 import json
@@ -22,8 +22,21 @@ from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, Train
 from ray.train.torch import TorchTrainer, get_device
 from torch import Tensor, nn
 
-from craftor import checkpoint, chief, interruption, ledger, reward_actors, stage, storage, straggler, stream, watch
-from craftor.collective import agreed, average_gradients, gather
+from craftor import (
+    checkpoint,
+    chief,
+    interruption,
+    ledger,
+    reward_actors,
+    sharding,
+    stage,
+    storage,
+    straggler,
+    stream,
+    validation,
+    watch,
+)
+from craftor.collective import agreed, average_gradients, first_says, gather
 from craftor.interruption import Interrupted, Next
 from craftor.recipe import Recipe, Reward, RewardTuning, Tuning
 from craftor.reward_actors import RewardFailed
@@ -113,6 +126,7 @@ def _train(
         ),
         datasets={"rows": stream.read(rows)},
         # Every worker sees the whole ordered stream and takes its slots: see `stream`.
+        validation_config=validation.config(recipe, run_dir),
         dataset_config=DataConfig(datasets_to_split=[], execution_options=context.execution_options),
         run_config=RunConfig(
             name="ray",
@@ -185,6 +199,7 @@ def _steps(config: dict[str, Any], run_dir: Path) -> None:
     device = get_device() if recipe.workers.gpu else torch.device("cpu")
     task = build(recipe, device, elsewhere)
     task.assert_frozen()
+    blank = sharding.shard(task, device) if recipe.workers.strategy == "fsdp" else None
     trained = checkpoint.trained(task.module)
     groups = [
         {"params": [p for p in part.parameters() if p.requires_grad], "base_lr": task.rates.get(name) or settings.lr}
@@ -204,6 +219,7 @@ def _steps(config: dict[str, Any], run_dir: Path) -> None:
     probe = Probe(config["probe"], recipe, task, run_dir, step, rank) if config["probe"] else None
     if probe is not None and probe.missed:
         report_scores(probe, step, task, average)
+    then = Next.STEP
     with chief.Chief(recipe, run_dir, step, config["stop_request"]) if rank == 0 else nullcontext() as lead:
         while step < recipe.run.num_steps:
             rows = next(shares)
@@ -219,8 +235,9 @@ def _steps(config: dict[str, Any], run_dir: Path) -> None:
                 report_failure(run_dir, rows, recipe, metrics)
                 return
             figures = task.observe(metrics)
-            average_gradients(list(trained.values()), world_size)
-            norm = nn.utils.clip_grad_norm_(trained.values(), settings.clip_norm)
+            if blank is None:
+                average_gradients(list(trained.values()), world_size)
+            norm = sharding.whole(nn.utils.clip_grad_norm_(trained.values(), settings.clip_norm))
             if not norm.isfinite():
                 report_gradient(run_dir, step, norm, rank)
                 return
@@ -234,9 +251,9 @@ def _steps(config: dict[str, Any], run_dir: Path) -> None:
                 task.assert_frozen()
                 idle = [name for name, p in trained.items() if p.grad is None]
                 assert not idle, f"no gradient reaches {idle}: it would not train"
-            then = Next.STEP
+            then, moved = Next.STEP, drift(task.module, original)
             if lead is not None:
-                lr, moved = optimizer.param_groups[0]["lr"], drift(task.module, original)
+                lr = optimizer.param_groups[0]["lr"]
                 figures = {"step": step, **figures, "grad_norm": norm.item(), "lr": lr, "drift": moved}
                 then = lead.after(figures, task.pictures(), slow)
             then = agreed(then, world_size)
@@ -244,15 +261,30 @@ def _steps(config: dict[str, Any], run_dir: Path) -> None:
             due = step % recipe.run.checkpoint_every == 0 or step == recipe.run.num_steps
             if due or leaves or then == Next.SAVE_AND_END:
                 samples = book.close(step, device)
-                if lead is not None:
+                if blank is not None:
+                    home = recipe.run.storage
+                    chief.save_shards(lead, run_dir, home, step, task, optimizer, average, samples, blank)
+                elif lead is not None:
                     lead.save(step, task, optimizer, average, samples)
                 if lead is not None and leaves:
                     lead.saver.wait()
                     note(run_dir, f"notice that a node will go ({', '.join(leaves)}): step {step} is saved")
+            if then == Next.REPORT:
+                report_checkpoint(lead)
             if then >= Next.SAVE_AND_END:
-                return
+                break
             if probe is not None and probe.due(step):
                 report_scores(probe, step, task, average)
+        if recipe.validation is not None and then != Next.SAVE_AND_END:
+            if lead is not None:
+                lead.saver.wait()
+            while first_says(lead is not None and lead.to_validate, world_size):
+                report_checkpoint(lead)
+
+
+def report_checkpoint(lead: chief.Chief | None) -> None:
+    """Hand the oldest complete checkpoint that is to be validated to Ray Train; all workers call it together."""
+    validation.report(lead.saver.completed.pop(0) if lead is not None else None)
 
 
 def open_stream(

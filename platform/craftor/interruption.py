@@ -32,10 +32,12 @@ class Next(IntEnum):
     """What the workers do after a step; where reasons meet, the largest counts."""
 
     STEP = 0
-    ASK = 1
+    REPORT = 1
+    """Hand a checkpoint to Ray Train, to be validated."""
+    ASK = 2
     """Ask Ray Train whether a node will go."""
-    SAVE_AND_END = 2
-    END = 3
+    SAVE_AND_END = 3
+    END = 4
 
 
 class StopRequest:

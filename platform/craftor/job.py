@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tomli_w
 
-from craftor import checkpoint, inputs, preflight, registry, storage, tracking
+from craftor import checkpoint, inputs, preflight, registry, storage, tracking, validation
 from craftor.cluster import alive_nodes, await_workers, ray_session
 from craftor.console import follow
 from craftor.diffuser import load as load_diffuser
@@ -112,6 +112,8 @@ def _train(recipe: Recipe, run_dir: Path, prepared: Prepared, tracker: tracking.
     try:
         with follow(run_dir / METRICS, recipe.run.num_steps, on_line=tracker.log, after=done):
             final = fit(recipe, run_dir, rows, prepared.num_rows)
+        if recipe.validation is not None:
+            validation.collect(recipe, run_dir)
         for said in notes(run_dir)[heard:]:
             print(f"note: {said}")
     except (TrainingStopped, Interrupted) as error:
@@ -156,6 +158,9 @@ def _conclude(recipe: Recipe, run_dir: Path, final: Path, tracker: tracking.Trac
     state = json.loads((run_dir / "run.json").read_text())
     registered = state.get("registered")
     with tracker.reachable():
+        for found in validation.read(run_dir):
+            means = {f"validation/{name}/{key}": v for name, row in found["metrics"].items() for key, v in row.items()}
+            tracker.figures(means, found["step"])
         if (run_dir / "samples").is_dir():
             tracker.artifacts(run_dir / "samples", "samples")
         if recipe.register_as and registered is None:

@@ -33,7 +33,7 @@ def absolute(recipe: Recipe) -> Recipe:
         return str(Path(path).resolve()) if Path(path).exists() else path
 
     task, evaluation, encoder = recipe.task, recipe.evaluation, recipe.model.text_encoder
-    search = recipe.search
+    search, validation = recipe.search, recipe.validation
     if isinstance(task, RewardTuning | DirectTuning):
         rewards = {name: r.model_copy(update={"weights": fix(r.weights)}) for name, r in task.rewards.items()}
         task = task.model_copy(update={"rewards": rewards})
@@ -45,6 +45,8 @@ def absolute(recipe: Recipe) -> Recipe:
         task = task.model_copy(update=found)
     if evaluation is not None:
         evaluation = evaluation.model_copy(update={"prompts": fix(evaluation.prompts)})
+    if validation is not None:
+        validation = validation.model_copy(update={"prompts": fix(validation.prompts)})
     if search is not None:
         search = search.model_copy(update={"prompts": fix(search.prompts)})
     storage = recipe.run.storage
@@ -59,6 +61,7 @@ def absolute(recipe: Recipe) -> Recipe:
             "data": recipe.data.model_copy(update={"path": fix(recipe.data.path)}),
             "task": task,
             "evaluation": evaluation,
+            "validation": validation,
             "search": search,
         }
     )

@@ -38,6 +38,8 @@ def check(recipe: Recipe, source: Path) -> None:
             raise ValueError(f"data.path = {recipe.data.path!r}: no folder with Parquet files of image-caption pairs")
         if recipe.evaluation is not None:
             check_held_out(recipe.evaluation)
+        if recipe.validation is not None:
+            check_prompts("validation", Data(path=recipe.validation.prompts))
 
 
 def check_model(path: str) -> None:

@@ -10,12 +10,12 @@ import psutil
 
 from craftor import checkpoint, registry
 from craftor.cluster import ray_session
-from craftor.evaluate import Asked, Tuned, evaluate
+from craftor.evaluate import Asked, Tuned, evaluate, used_steps
 from craftor.fit import write_json
 from craftor.job import Trained, train
 from craftor.locate import shipped_recipe
 from craftor.memory import peak_memory
-from craftor.recipe import Recipe, RecipeError, Tuning, load, load_run
+from craftor.recipe import RecipeError, Tuning, load, load_run
 from craftor.report import write_report
 from craftor.tracking import Tracker, client
 
@@ -48,14 +48,6 @@ def evaluate_runs(runs: Sequence[Path], out: Path, num_actors: int, asked: Asked
     assert first is not None
     with ray_session(num_actors):
         return evaluate(first, tuned, out, num_actors, asked)
-
-
-def used_steps(recipe: Recipe) -> tuple[int, int]:
-    """The denoising steps in which a tuned encoder acts."""
-    assert isinstance(recipe.task, Tuning)
-    use_from = recipe.evaluation.use_from if recipe.evaluation else None
-    acts = recipe.task.acts()
-    return (acts.start if use_from is None else use_from, acts.stop)
 
 
 def finish(out: Path, trained: Trained, summary: dict[str, Any], peak_gib: float, command: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from craftor.task_settings import (
     Train,
     Tuning,
 )
+from craftor.workers import Workers, check_parts_in_shards, check_task_in_shards
 
 __all__ = [
     "Denoising",
@@ -41,6 +42,7 @@ __all__ = [
     "Train",
     "Tuning",
     "Window",
+    "Workers",
 ]  # and the classes below
 
 
@@ -95,37 +97,6 @@ class Run(Section):
     """An fsspec URL that is the run's home, for clusters whose nodes share no folder; the run's folder mirrors it."""
 
 
-Count = Annotated[int, Field(ge=1)]
-
-
-class Workers(Section):
-    num: Annotated[int, Field(ge=0)] | Annotated[tuple[Count, Count], Field(strict=False)] = 1
-    """Or `[least, most]`: as many as the cluster has room for, when training starts and as that changes. 0 trains in
-    the command's own process, where a debugger can follow; the same numbers as with one worker."""
-    timeout_s: float = Field(600, gt=0)
-    """How long to wait for a cluster that has no room for the least number of workers."""
-    resize_s: float = Field(60, gt=0)
-    """How often to look whether there is room for more of them."""
-    gpu: bool = False
-    """One GPU for each worker."""
-    threads: int = Field(1, ge=1)
-    """CPU threads per worker; part of the recipe because bit-for-bit results depend on it."""
-
-    @property
-    def least(self) -> int:
-        return self.num if isinstance(self.num, int) else self.num[0]
-
-    @property
-    def most(self) -> int:
-        """Among how many a global batch is divided."""
-        return max(1, self.processes)
-
-    @property
-    def processes(self) -> int:
-        """Workers with a process of their own, at most."""
-        return self.num if isinstance(self.num, int) else self.num[1]
-
-
 class Register(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     aliases: Annotated[tuple[str, ...], Field(strict=False)] = ()
@@ -159,6 +130,23 @@ class Evaluation(Section):
         return methods
 
 
+class Validation(Section):
+    """Score every checkpoint on held-out prompts while training goes on, in Ray tasks beside the workers."""
+
+    prompts: str
+    """As evaluation's; not the same prompts, where a checkpoint is to be chosen by them."""
+    num_prompts: int = Field(16, ge=2)
+    num_seeds: int = Field(1, ge=1)
+    num_cpus: float = Field(1.0, ge=0)
+    """Of the task: what Ray reserves, and its number of threads."""
+    num_gpus: float = Field(0.0, ge=0)
+    """Of the task, which computes on the GPU unless this is 0."""
+    resources: dict[str, float] = {}
+    """Ray's own names of resources, which send the task to other nodes than the workers': `{ inference = 1 }`."""
+    timeout_s: float = Field(1800, gt=0)
+    """A validation that takes longer is given up; training is not."""
+
+
 class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(0, ge=0)
@@ -173,6 +161,7 @@ class Recipe(Section):
     guards: Guards = Guards()
     register_as: Register | None = Field(None, alias="register")
     evaluation: Evaluation | None = None
+    validation: Validation | None = None
     search: Search | None = None
 
     @model_validator(mode="after")
@@ -185,6 +174,22 @@ class Recipe(Section):
             raise ValueError(
                 f"workers.num = {list(num)}: expected [least, most] with least <= most <= run.batch_size = {size}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _shards_can_train(self) -> "Recipe":
+        if self.workers.strategy == "ddp":
+            return self
+        for key, value, unfit, allowed in (
+            ("workers.num", self.workers.num, self.workers.least == 0, "1 or more"),
+            ("model.channels_last", "true", self.model.channels_last, "false"),
+            ("model.compile", "true", self.model.compile, "false"),
+            ("search", "{...}", self.search is not None, "no search"),
+        ):
+            if unfit:
+                raise ValueError(f'workers.strategy = "fsdp" and {key} = {value}; allowed: {allowed}, or "ddp"')
+        check_task_in_shards(self.task)
+        check_parts_in_shards(self.workers, self.run.batch_size, self.run.micro_batch)
         return self
 
     @model_validator(mode="after")
@@ -219,12 +224,13 @@ class Recipe(Section):
 
     @property
     def num_processes(self) -> int:
-        """Training workers, and the actors that compute prefixes or rewards: what a local cluster needs CPUs for."""
+        """Training workers, actors of prefixes and rewards, a validation: what a local cluster needs CPUs for."""
         staged = isinstance(self.task, RewardTuning) and self.task.prefix.mode == "stage"
         prefixes = self.task.prefix.actors if isinstance(self.task, RewardTuning) and staged else 0
         rewards = self.task.rewards.values() if isinstance(self.task, Tuning) else ()
         placed = [r.replicas * r.num_cpus for r in rewards if r.placement == "actors" and r.in_training]
-        return self.workers.processes + self.workers.most * prefixes + math.ceil(sum(placed))
+        beside = self.validation.num_cpus if self.validation else 0
+        return self.workers.processes + self.workers.most * prefixes + math.ceil(sum(placed) + beside)
 
     @model_validator(mode="after")
     def _rollouts_end_at_checkpoints(self) -> "Recipe":
@@ -244,6 +250,20 @@ class Recipe(Section):
         for name, method in methods.items():
             if isinstance(method, BestOf) and method.by not in known:
                 raise ValueError(f"evaluation.methods.{name}.by = {method.by!r}; allowed: {', '.join(known)}")
+        return self
+
+    @model_validator(mode="after")
+    def _checkpoints_can_be_validated(self) -> "Recipe":
+        if self.validation is None:
+            return self
+        if not isinstance(self.task, Tuning):
+            raise ValueError(f'validation: scores what is tuned by reward; this task is "{self.task.kind}"')
+        if not any(reward.kind == "clip_score" for reward in self.task.rewards.values()):
+            raise ValueError("validation: as evaluation, it needs a clip_score in task.rewards, and there is none")
+        if not self.workers.least:
+            raise ValueError("validation: workers.num = 0, and nothing runs beside it; allowed: 1 or more")
+        if self.search is not None:
+            raise ValueError("validation: a search judges its trials itself; leave [validation] out")
         return self
 
     @model_validator(mode="after")

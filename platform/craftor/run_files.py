@@ -1,6 +1,7 @@
 """What training writes into a run's folder.
 
-`metrics.jsonl` has one line a step, `failure.json` says why a run cannot go on, `notes.jsonl` what it got over.
+`metrics.jsonl` has one line a step, `failure.json` says why a run cannot go on, `notes.jsonl` what it got over;
+`validations/` has what was found of checkpoints meanwhile.
 """
 
 import json
@@ -14,7 +15,7 @@ from torch import Tensor
 from craftor import stream
 from craftor.recipe import Recipe
 
-METRICS, FAILURE, NOTES = "metrics.jsonl", "failure.json", "notes.jsonl"
+METRICS, FAILURE, NOTES, VALIDATIONS = "metrics.jsonl", "failure.json", "notes.jsonl", "validations"
 
 
 class MetricsLog:

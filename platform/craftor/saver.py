@@ -27,19 +27,40 @@ class Saver:
         self.run_dir, self.url = run_dir, url
         self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.pending: Future[None] | None = None
+        self.completed: list[int] = []
+        """Steps whose checkpoints are where they belong, until someone takes them."""
         self.missed: str | None = None
         self.pushed_at = 0.0
 
     def save(self, step: int, write: Callable[[Path], None]) -> None:
         """`write` fills a folder, before this returns; the rest is done while training goes on."""
+        if (folder := self.begin(step)) is not None:
+            self.end(folder, step, write)
+
+    def begin(self, step: int, prepare: Callable[[], None] | None = None) -> Path | None:
+        """An empty folder for a checkpoint, once the one before is done; None where it is missed.
+
+        `prepare` is done first, and may fail as storage does.
+        """
         self.wait()
         try:
-            folder = checkpoint.begin(self.run_dir, step)
+            if prepare is not None:
+                prepare()
+            return checkpoint.begin(self.run_dir, step)
+        except storage.failures() as error:
+            self._miss(step, error)
+            return None
+
+    def end(
+        self, folder: Path, step: int, write: Callable[[Path], None], later: Callable[[Path], None] | None = None
+    ) -> None:
+        """`write` fills the folder now; `later` adds what it makes of its files, while training goes on."""
+        try:
             write(folder)
         except OSError as error:
             self._miss(step, error)
             return
-        self.pending = self.executor.submit(self._complete, folder, step)
+        self.pending = self.executor.submit(self._complete, folder, step, later)
 
     def push(self) -> None:
         """Let the driver see the newest metrics, every few seconds, unless a checkpoint is on its way."""
@@ -69,8 +90,10 @@ class Saver:
     def _idle(self) -> bool:
         return self.pending is None or self.pending.done()
 
-    def _complete(self, folder: Path, step: int) -> None:
+    def _complete(self, folder: Path, step: int, later: Callable[[Path], None] | None) -> None:
         try:
+            if later is not None:
+                later(folder)
             final = checkpoint.complete(folder)
             if self.url is not None:
                 # Metrics first: a checkpoint is never ahead of them.
@@ -83,6 +106,7 @@ class Saver:
             self._miss(step, error)
         else:
             self.missed = None
+            self.completed.append(step)
 
     def _push(self) -> None:
         if self.url is not None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from craftor import checkpoint
 from craftor.recipe import Optimizer
+from craftor.sharding import local, sum_of_squares
 
 
 def lr_factor(settings: Optimizer, step: int, num_steps: int) -> float:
@@ -28,15 +29,14 @@ def update_average(average: dict[str, Tensor] | None, module: nn.Module, decay: 
         return
     weight = 1 - min(decay, (1 + step) / (10 + step))
     for name, parameter in checkpoint.trained(module).items():
-        average[name].lerp_(parameter, weight)
+        local(average[name]).lerp_(local(parameter), weight)
 
 
 @torch.no_grad()
 def drift(module: nn.Module, original: dict[str, Tensor]) -> float:
-    """Relative distance of the weights from where they started."""
-    moved = sum((p - original[name]).square().sum().item() for name, p in checkpoint.trained(module).items())
-    size = sum(value.square().sum().item() for value in original.values())
-    return math.sqrt(moved / size)
+    """Relative distance of the weights from where they started; all workers call it together."""
+    moved = sum_of_squares(p - original[name] for name, p in checkpoint.trained(module).items())
+    return math.sqrt(moved / sum_of_squares(original.values()))
 
 
 @contextmanager

@@ -20,11 +20,11 @@ from craftor.claims.declared import CLAIMS, Claim, Part
 from craftor.claims.effects import Effect, NotMeasured, contrast, crossed, together, values, verdict_of
 from craftor.claims.methods import IMAGES, METHODS, Budget, changed, recipe_of
 from craftor.cluster import ray_session
-from craftor.evaluate import Asked, Tuned, evaluate
+from craftor.evaluate import Asked, Tuned, evaluate, used_steps
 from craftor.evaluation_files import Evaluated
 from craftor.job import resume, train
 from craftor.locate import absolute, locate
-from craftor.quickstart import machine, used_steps
+from craftor.quickstart import machine
 from craftor.recipe import Recipe, RecipeError, Tuning, load_run
 from craftor.run_files import write_json
 from craftor_micro.pairs import write_pairs

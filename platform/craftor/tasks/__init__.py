@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from craftor.diffuser import Diffuser
 from craftor.recipe import Recipe
 from craftor.scoring import Elsewhere
 from craftor.stream import Rows
@@ -17,6 +18,8 @@ class Task(Protocol):
     """The parts of the pipeline that train, by name; all others are frozen."""
     rates: Mapping[str, float | None]
     """Learning rates of parts that have their own."""
+    diffuser: Diffuser
+    """The pipeline, of which all parts but those that train are frozen."""
 
     def step(self, rows: Rows, share: float = 1.0) -> dict[str, Tensor]:
         """Forward and backward for a slice of a batch.
@@ -45,8 +48,11 @@ class Task(Protocol):
         """The images of the last step in [0, 1], where the task makes any: to look at, logged with checkpoints."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write what trains into `folder` as the pipeline layout has it: `text_encoder/`, `unet/`, `lora/`."""
+    def save(self, folder: Path, module: nn.ModuleDict | None = None) -> None:
+        """Write what trains into `folder` as the pipeline layout has it: `text_encoder/`, `unet/`, `lora/`.
+
+        `module` has its weights where those of `self.module` are sharded: a task that cannot be takes None alone.
+        """
         ...
 
     def assert_frozen(self) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +44,9 @@ class DenoisingTask:
     def pictures(self) -> Tensor | None:
         return None
 
-    def save(self, folder: Path) -> None:
-        self.diffuser.unet.save_pretrained(folder / "unet", safe_serialization=True)
+    def save(self, folder: Path, module: nn.ModuleDict | None = None) -> None:
+        unet: Any = (module or self.module)["unet"]
+        unet.save_pretrained(folder / "unet", safe_serialization=True)
 
     def assert_frozen(self) -> None:
         assert_frozen(self.diffuser.text_encoder, "text_encoder")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from craftor import seeds, trainable
 from craftor.decode import decode
@@ -60,8 +60,8 @@ class DirectTuningTask:
     def pictures(self) -> Tensor | None:
         return self.images
 
-    def save(self, folder: Path) -> None:
-        trainable.save(self.module, self.settings.train.parts, folder)
+    def save(self, folder: Path, module: nn.ModuleDict | None = None) -> None:
+        trainable.save(module or self.module, self.settings.train.parts, folder)
 
     def assert_frozen(self) -> None:
         for name, part in {**self.diffuser.encoders, "unet": self.diffuser.unet, "vae": self.diffuser.vae}.items():

@@ -91,8 +91,9 @@ class ObjectEncoderTask:
     def pictures(self) -> Tensor | None:
         return None
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, module: nn.ModuleDict | None = None) -> None:
         """`ip_adapter.safetensors` and `image_encoder/`, with `unet/` or `lora/` where the UNet trains too."""
+        assert module is None, "its weights are part of the UNet, and not sharded"
         object_adapter.save(self.unet, folder)
         self.image_encoder.model.save_pretrained(folder / object_condition.FOLDER, safe_serialization=True)
         if self.settings.tuned is None:

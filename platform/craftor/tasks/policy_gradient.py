@@ -168,8 +168,6 @@ class PolicyGradientTask(RewardTuningTask):
         self, actions: list[Action], base_means: list[Tensor | None], leaves: Prompt, advantage: Tensor, share: float
     ) -> dict[str, Tensor]:
         """Step by step, so that one step's graph is alive at a time: steps share nothing but prompt and weights."""
-        tensors = (*leaves.condition.tensors, *leaves.null.tensors, *self.unet_parameters)
-        inputs = [tensor for tensor in tensors if tensor.requires_grad]
         names = ("loss", "clipped", "kl") if self.policy.kl_weight else ("loss", "clipped")
         figures = {name: torch.zeros_like(advantage) for name in names}
         for action, base_mean in zip(actions, base_means, strict=True):
@@ -181,7 +179,7 @@ class PolicyGradientTask(RewardTuningTask):
                 distance = divergence(mean, base_mean, deviation)
                 figures["kl"] += distance.detach()
                 loss = loss + self.policy.kl_weight * distance
-            torch.autograd.backward(share * loss.mean(), inputs=inputs)
+            (share * loss.mean()).backward()  # to the leaves and, where the UNet trains, its parameters
             figures["loss"] += loss.detach()
             figures["clipped"] += ((ratio.detach() - 1).abs() > self.policy.clip_range) / len(actions)
         return figures

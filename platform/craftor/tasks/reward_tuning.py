@@ -38,7 +38,6 @@ class RewardTuningTask:
         self.tuned = {name: known[name] for name in self.diffuser.encoders}
         unet = known.get("unet")
         self.guided = self.diffuser.guided(self.settings.rollout, unet)
-        self.unet_parameters = [p for p in unet.parameters() if p.requires_grad] if unet is not None else []
         self.scoring = Scoring(self.settings, recipe.guards, self.diffuser.device, elsewhere or {})
         self.batch_size = recipe.run.batch_size
         self.null_ids = self.diffuser.tokenize([""])
@@ -66,8 +65,8 @@ class RewardTuningTask:
     def pictures(self) -> Tensor | None:
         return self.images
 
-    def save(self, folder: Path) -> None:
-        trainable.save(self.module, self.settings.train.parts, folder)
+    def save(self, folder: Path, module: nn.ModuleDict | None = None) -> None:
+        trainable.save(module or self.module, self.settings.train.parts, folder)
 
     def assert_frozen(self) -> None:
         for name, part in {**self.diffuser.encoders, "unet": self.diffuser.unet, "vae": self.diffuser.vae}.items():
@@ -86,7 +85,7 @@ class RewardTuningTask:
 
         tuned_leaves = Prompt(tuned.condition.leaf(), self._null(tuned, original))
         kept = self._kept_steps(state, tuned_leaves, prompts, where)
-        chain = Chain(self.guided, where, tuned_leaves, outside, self.direct, kept, self.unet_parameters)
+        chain = Chain(self.guided, where, tuned_leaves, outside, self.direct, kept)
         final = chain.forward(state)
         images = decode(self.diffuser.vae, final)
         scores, image_gradient = self.scoring(images, prompts, share, rows.position[0] // self.batch_size)
