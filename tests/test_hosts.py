@@ -127,7 +127,7 @@ def test_a_host_may_be_cut_off_and_come_back(hosts: Hosts, tiny_recipe: Path, tm
     changes = {
         "run.num_steps": 100_000,
         "run.batch_size": 16,
-        "run.checkpoint_every": 20,
+        "run.checkpoint_every": 10,
         "optimizer.cosine_from": 1.0,
         "optimizer.lr": 1e-5,
     }

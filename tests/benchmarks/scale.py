@@ -64,10 +64,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=Size.rounds, help="of steps with and without checkpoints")
     parser.add_argument("--prompts", type=int, default=Size.prompts)
     parser.add_argument("--quick", action="store_true", help="everything once and small: does it run?")
+    parser.add_argument("--only-prompts", action="store_true", help="read prompts and nothing else, into prompts.json")
     arguments = parser.parse_args()
     size = QUICK if arguments.quick else Size(arguments.steps, arguments.rounds, arguments.prompts)
     started = time.perf_counter()
     console = Console(width=120)
+    if arguments.only_prompts:
+        with TemporaryDirectory(prefix="bench-") as folder, ray_session(2):
+            read = read_prompts(Path(folder), size.prompts)
+        console.print(harness.write("prompts", figures=read, details={}, started=started))
+        return
     # One Ray for all; prompts first, before anything else has left memory in use.
     with TemporaryDirectory(prefix="bench-") as folder, ray_session(2):
         runs = Path(folder)
@@ -163,7 +169,7 @@ def recovery(out: Path, size: Size) -> float:
 
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()
-    job.train(recipe_of(size, 2, **{"run.checkpoint_every": 4}), RECIPE, out)
+    job.train(recipe_of(size, 2, **{"run.checkpoint_every": 4, "run.num_steps": 8}), RECIPE, out)
     thread.join(timeout=10)
     return back[0] - killed[0]
 
