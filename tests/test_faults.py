@@ -20,10 +20,10 @@ from craftor import job, ledger, storage, tracking
 from craftor.recipe import load
 from craftor.run_files import notes
 from craftor.straggler import FACTOR, STEPS, Pace
-from watched_runs import assert_same_weights, doing, lines, num_steps, processes, wait_for
+from watched_runs import assert_same_weights, doing, lines, long_epochs, num_steps, processes, wait_for
 
 SHORT = {"run.num_steps": 12, "register": None}
-TWO = {"workers.num": 2, "run.num_steps": 80, "register": None}
+TWO = {"workers.num": 2, "run.num_steps": 60, "register": None}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def expected_of_two(tmp_path_factory: pytest.TempPathFactory, tiny: Path, cluste
     """The same of two workers."""
     folder = tmp_path_factory.mktemp("undisturbed")
     path = write_tiny_recipe(tiny, folder)
-    return job.train(load(path, TWO), path, folder / "run").run_dir
+    return job.train(load(path, TWO | long_epochs(folder, 80)), path, folder / "run").run_dir
 
 
 def assert_undisturbed(ours: Path, expected: Path) -> None:
@@ -127,7 +127,7 @@ def test_each_straggler_is_named(expected_of_two: Path, tiny_recipe: Path, tmp_p
                 time.sleep(0.05)
 
     with doing(slow_down):
-        job.train(load(tiny_recipe, TWO), tiny_recipe, out)
+        job.train(load(tiny_recipe, TWO | long_epochs(tmp_path, 80)), tiny_recipe, out)
     named = [re.fullmatch(r"worker (\d) on [\d.]+ takes ([\d.]+) times as long as the others.*", n) for n in notes(out)]
     assert sorted(found[1] for found in named if found) == ["0", "1"] and len(named) == 2
     assert all(float(found[2]) > FACTOR for found in named if found)
@@ -166,7 +166,7 @@ def test_a_full_object_store_stops_nobody(expected_of_two: Path, tiny_recipe: Pa
     out = tmp_path / "run"
     with (tmp_path / "log").open("wb") as log:
         subprocess.run(
-            [sys.executable, "-c", CROWDED, str(tiny_recipe), str(out), json.dumps(TWO)],
+            [sys.executable, "-c", CROWDED, str(tiny_recipe), str(out), json.dumps(TWO | long_epochs(tmp_path, 80))],
             env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
             check=True,
             timeout=200,

@@ -11,7 +11,7 @@ import pytest
 from craftor import checkpoint, job, ledger
 from craftor.cluster import TooFewResources, await_workers
 from craftor.recipe import Workers, load
-from watched_runs import assert_close, lines
+from watched_runs import assert_close, lines, long_epochs
 
 pytestmark = pytest.mark.ray
 # Two nodes with room for one worker each. The second gets ten seconds' notice, is killed when they are over, and comes
@@ -106,6 +106,7 @@ def test_too_small_a_cluster_is_waited_for_then_refused(cluster: None, capsys: p
 @pytest.mark.slow
 def test_a_run_shrinks_and_grows_with_its_nodes(tiny_recipe: Path, tmp_path: Path) -> None:
     changes = {
+        **long_epochs(tmp_path, 512),
         "workers.num": [1, 2],
         "workers.resize_s": 2.0,
         "run.num_steps": 100_000,

@@ -14,7 +14,7 @@ import pytest
 
 from craftor import job, ledger
 from craftor.recipe import load
-from watched_runs import TRAIN, assert_same_weights, end, last_step, lines, num_steps, wait_for
+from watched_runs import TRAIN, assert_same_weights, end, last_step, lines, long_epochs, num_steps, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 HOME = "s3://runs/tiny"
@@ -76,7 +76,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 def test_a_run_stopped_on_a_bad_s3_goes_on_from_there(store: Store, tiny_recipe: Path, tmp_path: Path) -> None:
     """SIGTERM to a driver with two workers, the last step saved; `--resume s3://…` in a folder that has nothing."""
     here, there = tmp_path / "runs" / "here", tmp_path / "elsewhere" / "there"
-    short = {"run.num_steps": 40, "run.batch_size": 2, "run.checkpoint_every": 10}
+    short = {**long_epochs(tmp_path, 80), "run.num_steps": 40, "run.checkpoint_every": 10}
     changes = {**short, "workers.num": 2, "run.storage": HOME}
     sets = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
     store.trouble.touch()

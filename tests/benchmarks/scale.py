@@ -46,16 +46,18 @@ class Size:
 
     steps: int = 20
     """Optimiser steps of a run."""
-    rounds: int = 5
+    rounds: int = 4
     """Of steps with and without checkpoints, in turn."""
     prompts: int = 1_000_000
     share: int = 12
     """Samples per worker and step: the recipe's own."""
     every: int = 20
     """Steps between two checkpoints."""
+    share_with_checkpoints: int = 4
+    """Samples of a step beside which checkpoints are written: few, so that what they cost shows."""
 
 
-QUICK = Size(steps=8, rounds=1, prompts=20_000, share=2, every=4)
+QUICK = Size(steps=8, rounds=1, prompts=20_000, share=2, every=4, share_with_checkpoints=2)
 
 
 def main() -> None:
@@ -176,9 +178,10 @@ def recovery(out: Path, size: Size) -> float:
 
 def checkpoint_overhead(out: Path, size: Size) -> dict[str, float]:
     """`size.every` steps with ledger and a checkpoint written beside them, over as many without, in turn."""
-    recipe = recipe_of(size, 1, **{"run.num_steps": 10_000})
+    share = size.share_with_checkpoints
+    recipe = recipe_of(size, 1, **{"run.num_steps": 10_000, "run.batch_size": share})
     task = build(recipe)
-    rows = calibrate.sample_rows(task.diffuser.tokenize([calibrate.PROMPT] * size.share), recipe)
+    rows = calibrate.sample_rows(task.diffuser.tokenize([calibrate.PROMPT] * share), recipe)
     parameters = [p for p in task.module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-6)
     out.mkdir()
@@ -192,13 +195,13 @@ def checkpoint_overhead(out: Path, size: Size) -> dict[str, float]:
 
     actor = ray.remote(StopRequest).options(num_cpus=0).remote()
     lead = chief.Chief(recipe, out, 0, actor)
-    book, done = ledger.Ledger(recipe, 1000, [size.share], ""), [0]
+    book, done = ledger.Ledger(recipe, 1000, [share], ""), [0]
 
     def saving() -> None:
         for step in range(size.every):
             steps(1)
             done[0] += 1
-            book.note(list(range((done[0] - 1) * size.share, done[0] * size.share)))
+            book.note(list(range((done[0] - 1) * share, done[0] * share)))
             if step == size.every // 2:  # so that what is done beside training is done beside these steps
                 lead.save(done[0], task, optimizer, None, book.close(done[0], torch.device("cpu")))
 
