@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,19 +86,25 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_costs_the_checkpoints_that_do_not_fit(
     expected: Path, small_disk: Path, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run's home is full from the first step to the ninth of twelve."""
+    """The run's home is full from the first step to the ninth of twelve, and its disk is another than the worker's."""
     monkeypatch.setattr(storage, "FIRST_PAUSE", 0.001)
-    out, home, filler = tmp_path / "run", small_disk / "home", small_disk / "filler"
+    out, home, filler, local = tmp_path / "run", small_disk / "home", small_disk / "filler", tmp_path / "local"
+    local.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(local))
+
+    def steps_done() -> int:
+        """By the worker, whose metrics do not get to the driver meanwhile."""
+        return max(map(num_steps, local.glob("craftor-*")), default=0)
 
     def fill_and_clear() -> None:
-        wait_for(lambda: num_steps(out) >= 1)
+        wait_for(lambda: steps_done() >= 1)
         with filler.open("wb", buffering=0) as file:
             try:
                 while file.write(bytes(1 << 16)):
                     pass
             except OSError:
                 pass
-        wait_for(lambda: num_steps(out) >= 9)
+        wait_for(lambda: steps_done() >= 9)
         filler.unlink()
 
     recipe = load(tiny_recipe, SHORT | {"run.storage": str(home)})

@@ -46,14 +46,14 @@ class Size:
 
     steps: int = 20
     """Optimiser steps of a run."""
-    rounds: int = 4
+    rounds: int = 8
     """Of steps with and without checkpoints, in turn."""
     prompts: int = 1_000_000
     share: int = 12
     """Samples per worker and step: the recipe's own."""
     every: int = 20
     """Steps between two checkpoints."""
-    share_with_checkpoints: int = 4
+    share_with_checkpoints: int = 2
     """Samples of a step beside which checkpoints are written: few, so that what they cost shows."""
 
 
