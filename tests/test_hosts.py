@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).parents[1]
 RAY = Path(sys.executable).with_name("ray")
 NUM_HOSTS = 3
-# A host that is gone is noticed in some ten seconds instead of a minute; workers do not give way to what else runs here.
+# A host that is gone is noticed in ten seconds instead of a minute; workers do not give way to what else runs here.
 HASTE = {"RAY_health_check_period_ms": "500", "RAY_health_check_timeout_ms": "1500", "RAY_worker_niceness": "0"}
 
 
