@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,10 +21,10 @@ from craftor import job, ledger, storage, tracking
 from craftor.recipe import load
 from craftor.run_files import notes
 from craftor.straggler import FACTOR, STEPS, Pace
-from watched_runs import assert_same_weights, doing, lines, num_steps, processes, wait_for
+from watched_runs import assert_same_weights, doing, lines, long_epochs, num_steps, processes, wait_for
 
 SHORT = {"run.num_steps": 12, "register": None}
-TWO = {"workers.num": 2, "run.num_steps": 80, "register": None}
+TWO = {"workers.num": 2, "run.num_steps": 60, "register": None}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def expected_of_two(tmp_path_factory: pytest.TempPathFactory, tiny: Path, cluste
     """The same of two workers."""
     folder = tmp_path_factory.mktemp("undisturbed")
     path = write_tiny_recipe(tiny, folder)
-    return job.train(load(path, TWO), path, folder / "run").run_dir
+    return job.train(load(path, TWO | long_epochs(folder, 80)), path, folder / "run").run_dir
 
 
 def assert_undisturbed(ours: Path, expected: Path) -> None:
@@ -85,19 +86,25 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_costs_the_checkpoints_that_do_not_fit(
     expected: Path, small_disk: Path, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run's home is full from the first step to the ninth of twelve."""
+    """The run's home is full from the first step to the ninth of twelve, and its disk is another than the worker's."""
     monkeypatch.setattr(storage, "FIRST_PAUSE", 0.001)
-    out, home, filler = tmp_path / "run", small_disk / "home", small_disk / "filler"
+    out, home, filler, local = tmp_path / "run", small_disk / "home", small_disk / "filler", tmp_path / "local"
+    local.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(local))
+
+    def steps_done() -> int:
+        """By the worker, whose metrics do not get to the driver meanwhile."""
+        return max(map(num_steps, local.glob("craftor-*")), default=0)
 
     def fill_and_clear() -> None:
-        wait_for(lambda: num_steps(out) >= 1)
+        wait_for(lambda: steps_done() >= 1)
         with filler.open("wb", buffering=0) as file:
             try:
                 while file.write(bytes(1 << 16)):
                     pass
             except OSError:
                 pass
-        wait_for(lambda: num_steps(out) >= 9)
+        wait_for(lambda: steps_done() >= 9)
         filler.unlink()
 
     recipe = load(tiny_recipe, SHORT | {"run.storage": str(home)})
@@ -127,7 +134,7 @@ def test_each_straggler_is_named(expected_of_two: Path, tiny_recipe: Path, tmp_p
                 time.sleep(0.05)
 
     with doing(slow_down):
-        job.train(load(tiny_recipe, TWO), tiny_recipe, out)
+        job.train(load(tiny_recipe, TWO | long_epochs(tmp_path, 80)), tiny_recipe, out)
     named = [re.fullmatch(r"worker (\d) on [\d.]+ takes ([\d.]+) times as long as the others.*", n) for n in notes(out)]
     assert sorted(found[1] for found in named if found) == ["0", "1"] and len(named) == 2
     assert all(float(found[2]) > FACTOR for found in named if found)
@@ -166,7 +173,7 @@ def test_a_full_object_store_stops_nobody(expected_of_two: Path, tiny_recipe: Pa
     out = tmp_path / "run"
     with (tmp_path / "log").open("wb") as log:
         subprocess.run(
-            [sys.executable, "-c", CROWDED, str(tiny_recipe), str(out), json.dumps(TWO)],
+            [sys.executable, "-c", CROWDED, str(tiny_recipe), str(out), json.dumps(TWO | long_epochs(tmp_path, 80))],
             env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
             check=True,
             timeout=200,

@@ -21,6 +21,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from craftor import checkpoint, job, ledger, registry, tracking
 from craftor.fit import METRICS, TrainingStopped
 from craftor.recipe import RecipeError, load
+from watched_runs import processes
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 
@@ -131,10 +132,9 @@ def test_a_run_killed_whole_and_then_in_its_worker_ends_with_the_same_bits(
     def kill_worker() -> None:
         while not (out / "checkpoints" / "step-000012").exists():
             time.sleep(0.02)
-        for worker in psutil.process_iter(["cmdline"]):
-            if "RayTrainWorker" in " ".join(worker.info["cmdline"] or []):
-                worker.kill()
-                killed.append(worker.pid)
+        for worker in processes("RayTrainWorker"):
+            worker.kill()
+            killed.append(worker.pid)
 
     thread = threading.Thread(target=kill_worker, daemon=True)
     thread.start()

@@ -11,13 +11,13 @@ import pytest
 from craftor import checkpoint, job, ledger
 from craftor.cluster import TooFewResources, await_workers
 from craftor.recipe import Workers, load
-from watched_runs import assert_close, lines
+from watched_runs import assert_close, lines, long_epochs
 
 pytestmark = pytest.mark.ray
 # Two nodes with room for one worker each. The second gets ten seconds' notice, is killed when they are over, and comes
 # back; when two workers train again the driver gets SIGTERM.
 PROGRAM = """
-import json, os, signal, sys, threading, time
+import json, os, signal, subprocess, sys, threading, time
 from pathlib import Path
 
 import ray
@@ -25,7 +25,7 @@ from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 
 recipe_file, out, events, changes = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4])
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 node = cluster.add_node(num_cpus=1)
 cluster.wait_for_nodes()
 os.environ["RAY_ADDRESS"] = cluster.address
@@ -33,7 +33,7 @@ os.environ["RAY_ADDRESS"] = cluster.address
 from craftor import checkpoint, job, recipe, run_files
 from craftor.interruption import Interrupted
 
-started, said = time.monotonic(), []
+started, said, returned = time.monotonic(), [], []
 
 def say(event):
     last = checkpoint.latest(out)
@@ -65,7 +65,8 @@ def come_and_go():
     say("gone")
     wait(lambda: workers() == 1)
     say("alone")
-    cluster.add_node(num_cpus=1)
+    ray_start = [Path(sys.executable).with_name("ray"), "start", "--block", "--num-cpus=1", "--disable-usage-stats"]
+    returned.append(subprocess.Popen([*ray_start, f"--address={cluster.address}"]))
     say("back")
     wait(lambda: workers() == 2)
     say("grown")
@@ -77,6 +78,9 @@ try:
 except Interrupted as error:
     say("stopped")
 ray.shutdown()
+for process in returned:
+    process.terminate()
+    process.wait()
 cluster.shutdown()
 """
 
@@ -102,11 +106,12 @@ def test_too_small_a_cluster_is_waited_for_then_refused(cluster: None, capsys: p
 @pytest.mark.slow
 def test_a_run_shrinks_and_grows_with_its_nodes(tiny_recipe: Path, tmp_path: Path) -> None:
     changes = {
+        **long_epochs(tmp_path, 512),
         "workers.num": [1, 2],
         "workers.resize_s": 2.0,
         "run.num_steps": 100_000,
         "run.batch_size": 16,
-        "run.checkpoint_every": 20,
+        "run.checkpoint_every": 10,
         "optimizer.cosine_from": 1.0,
         "optimizer.lr": 1e-5,
         "register": None,
@@ -116,9 +121,10 @@ def test_a_run_shrinks_and_grows_with_its_nodes(tiny_recipe: Path, tmp_path: Pat
     with (tmp_path / "log").open("wb") as log:
         program = [sys.executable, "-c", PROGRAM, str(tiny_recipe), str(out), str(events), json.dumps(changes)]
         subprocess.run(program, env=env, check=True, timeout=900, stdout=log, stderr=log)
-    said = {event: (step, saved) for event, _, step, saved in json.loads(events.read_text())}
     print(events.read_text())
+    said = {event: seconds for event, seconds, _, _ in json.loads(events.read_text())}
     assert list(said) == ["notice", "saved", "gone", "alone", "back", "grown", "stopped"]
+    assert said["saved"] - said["notice"] < 10 and said["stopped"] - said["grown"] < 10, "a notice is ten seconds"
     proof = ledger.audit(out)
     assert proof.workers == [2, 1, 2]
     last = checkpoint.latest(out)

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+from transformers import CLIPTokenizer
 
 from craftor.prompts import describe, prepare, suffix
 from craftor.recipe import Data
@@ -42,6 +43,9 @@ def test_formats_give_the_same_rows(tiny: Path, tmp_path: Path, kind: str) -> No
     assert rows["prompt"] == KEPT
     assert rows["index"] == list(range(len(KEPT)))
     assert all(len(ids) == 24 for ids in rows["input_ids"])
+    tokenizer = CLIPTokenizer.from_pretrained(tiny / "pipeline" / "tokenizer")
+    expected = tokenizer(KEPT, padding="max_length", truncation=True).input_ids
+    assert [list(ids) for ids in rows["input_ids"]] == expected
     assert prepared.num_truncated == 1, "the long one, cut to what the encoder reads"
     assert prepared == describe(tmp_path / "rows")
 

@@ -11,11 +11,12 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.torch import load_file
 
 from craftor import checkpoint, job, ledger, storage
-from craftor.fit import METRICS, TrainingStopped
+from craftor.fit import METRICS, TrainingStopped, tell
 from craftor.recipe import load
 from craftor.run_files import notes
 from craftor.saver import CheckpointMissed, Saver
@@ -95,6 +96,22 @@ def test_a_missed_checkpoint_is_said_and_the_next_one_counts(tmp_path: Path, mon
         saver.save(16, lambda folder: full())
     last = checkpoint.latest(tmp_path)
     assert last is not None and checkpoint.step_of(last) == 12
+
+
+def test_what_a_full_folder_holds_stays_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def torn(self: LocalFileSystem, source: str, target: str) -> None:
+        Path(target).write_text("the first ha")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(storage, "ATTEMPTS", 1)
+    home, failure = tmp_path / "home", tmp_path / "failure.json"
+    failure.write_text(json.dumps({"message": "why it ended"}))
+    storage.put(failure, f"{home}/failure.json")
+    monkeypatch.setattr(LocalFileSystem, "put_file", torn)
+    with pytest.raises(TrainingStopped, match="why it ended"):
+        tell(failure, str(home))
+    assert [path.name for path in home.iterdir()] == ["failure.json"]
+    assert (home / "failure.json").read_text() == failure.read_text()
 
 
 def test_a_home_that_cannot_be_one_is_refused() -> None:

@@ -57,6 +57,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     env |= {
         "HOME": str(home),
         "RAY_AUTH_MODE": "token",
+        "RAY_worker_niceness": "0",
         "PYTHONPATH": os.pathsep.join([str(ROOT / "platform"), str(ROOT / "rewards")]),
     }
     subprocess.run([RAY, "get-auth-token", "--generate"], env=env, check=True, capture_output=True)

@@ -50,6 +50,13 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen | None = N
         time.sleep(0.05)
 
 
+def long_epochs(folder: Path, num_rows: int) -> dict[str, str]:
+    """Recipe changes: as many prompts, for every epoch begins by starting the processes that read its rows."""
+    path = folder / f"{num_rows}.txt"
+    path.write_text("".join(f"a red star above {number} rings\n" for number in range(num_rows)))
+    return {"data.path": str(path)}
+
+
 def num_steps(out: Path) -> int:
     """Steps written down so far."""
     return len((out / METRICS).read_bytes().splitlines()) if (out / METRICS).exists() else 0

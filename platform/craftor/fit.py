@@ -170,7 +170,15 @@ def train_worker(config: dict[str, Any]) -> None:
                 raise  # the others wait for this worker's gradient: Ray Train ends them all
         finally:
             if (url := config["recipe"]["run"]["storage"]) is not None and (run_dir / FAILURE).exists():
-                storage.put(run_dir / FAILURE, f"{url}/{FAILURE}")
+                tell(run_dir / FAILURE, url)
+
+
+def tell(failure: Path, url: str) -> None:
+    """Put what ended a run where the driver looks for it. Raises TrainingStopped where that takes nothing any more."""
+    try:
+        storage.put(failure, f"{url}/{FAILURE}")
+    except storage.failures():
+        raise TrainingStopped(json.loads(failure.read_text())["message"]) from None
 
 
 @contextmanager

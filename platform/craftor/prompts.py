@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import fsspec
 import numpy as np
@@ -143,9 +142,8 @@ class Tokenize:
     @staticmethod
     def _ids(tokenizer: CLIPTokenizer, prompts: list[str]) -> tuple[np.ndarray, list[int]]:
         length = tokenizer.model_max_length
-        padded: dict[str, Any] = {"padding": "max_length", "max_length": length, "verbose": False}
-        ids = tokenizer(prompts, **padded).input_ids if prompts else []
+        ids = tokenizer(prompts, padding="max_length", max_length=length, verbose=False).input_ids if prompts else []
         too_long = [i for i, row in enumerate(ids) if len(row) > length]
-        for i in too_long:
-            ids[i] = tokenizer(prompts[i], truncation=True, **padded).input_ids
+        for i in too_long:  # cut as CLIP's tokenizer cuts, which would say nothing of it: the mark of the end stays
+            ids[i] = [*ids[i][: length - 1], ids[i][-1]]
         return np.array(ids, dtype=np.int32).reshape(len(prompts), length), too_long

@@ -18,6 +18,7 @@ from uuid import uuid4
 import fsspec
 import pyarrow.fs
 import ray
+from fsspec.implementations.local import LocalFileSystem
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from craftor.checkpoint import MANIFEST
@@ -82,8 +83,17 @@ def put(source: Path, url: str) -> None:
 
 
 def _put_file(filesystem: Any, source: Path, target: str) -> None:
+    """Whole or not at all: an object store promises that, a folder gets it by renaming."""
     filesystem.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-    filesystem.put_file(str(source), target)
+    if not isinstance(filesystem, LocalFileSystem):
+        filesystem.put_file(str(source), target)
+        return
+    begun = Path(f"{target}.part")
+    try:
+        filesystem.put_file(str(source), str(begun))
+        begun.replace(target)
+    finally:
+        begun.unlink(missing_ok=True)
 
 
 def put_checkpoint(folder: Path, url: str) -> None:

@@ -46,16 +46,18 @@ class Size:
 
     steps: int = 20
     """Optimiser steps of a run."""
-    rounds: int = 5
+    rounds: int = 8
     """Of steps with and without checkpoints, in turn."""
     prompts: int = 1_000_000
     share: int = 12
     """Samples per worker and step: the recipe's own."""
     every: int = 20
     """Steps between two checkpoints."""
+    share_with_checkpoints: int = 2
+    """Samples of a step beside which checkpoints are written: few, so that what they cost shows."""
 
 
-QUICK = Size(steps=8, rounds=1, prompts=20_000, share=2, every=4)
+QUICK = Size(steps=8, rounds=1, prompts=20_000, share=2, every=4, share_with_checkpoints=2)
 
 
 def main() -> None:
@@ -64,10 +66,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=Size.rounds, help="of steps with and without checkpoints")
     parser.add_argument("--prompts", type=int, default=Size.prompts)
     parser.add_argument("--quick", action="store_true", help="everything once and small: does it run?")
+    parser.add_argument("--only-prompts", action="store_true", help="read prompts and nothing else, into prompts.json")
     arguments = parser.parse_args()
     size = QUICK if arguments.quick else Size(arguments.steps, arguments.rounds, arguments.prompts)
     started = time.perf_counter()
     console = Console(width=120)
+    if arguments.only_prompts:
+        with TemporaryDirectory(prefix="bench-") as folder, ray_session(2):
+            read = read_prompts(Path(folder), size.prompts)
+        console.print(harness.write("prompts", figures=read, details={}, started=started))
+        return
     # One Ray for all; prompts first, before anything else has left memory in use.
     with TemporaryDirectory(prefix="bench-") as folder, ray_session(2):
         runs = Path(folder)
@@ -163,16 +171,17 @@ def recovery(out: Path, size: Size) -> float:
 
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()
-    job.train(recipe_of(size, 2, **{"run.checkpoint_every": 4}), RECIPE, out)
+    job.train(recipe_of(size, 2, **{"run.checkpoint_every": 4, "run.num_steps": 8}), RECIPE, out)
     thread.join(timeout=10)
     return back[0] - killed[0]
 
 
 def checkpoint_overhead(out: Path, size: Size) -> dict[str, float]:
     """`size.every` steps with ledger and a checkpoint written beside them, over as many without, in turn."""
-    recipe = recipe_of(size, 1, **{"run.num_steps": 10_000})
+    share = size.share_with_checkpoints
+    recipe = recipe_of(size, 1, **{"run.num_steps": 10_000, "run.batch_size": share})
     task = build(recipe)
-    rows = calibrate.sample_rows(task.diffuser.tokenize([calibrate.PROMPT] * size.share), recipe)
+    rows = calibrate.sample_rows(task.diffuser.tokenize([calibrate.PROMPT] * share), recipe)
     parameters = [p for p in task.module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-6)
     out.mkdir()
@@ -186,13 +195,13 @@ def checkpoint_overhead(out: Path, size: Size) -> dict[str, float]:
 
     actor = ray.remote(StopRequest).options(num_cpus=0).remote()
     lead = chief.Chief(recipe, out, 0, actor)
-    book, done = ledger.Ledger(recipe, 1000, [size.share], ""), [0]
+    book, done = ledger.Ledger(recipe, 1000, [share], ""), [0]
 
     def saving() -> None:
         for step in range(size.every):
             steps(1)
             done[0] += 1
-            book.note(list(range((done[0] - 1) * size.share, done[0] * size.share)))
+            book.note(list(range((done[0] - 1) * share, done[0] * share)))
             if step == size.every // 2:  # so that what is done beside training is done beside these steps
                 lead.save(done[0], task, optimizer, None, book.close(done[0], torch.device("cpu")))
 
