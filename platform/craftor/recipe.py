@@ -188,6 +188,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _tuned_encoder_has_a_window(self) -> "Recipe":
+        if self.model.text_encoder is not None and not isinstance(self.task, RewardTuning):
+            raise ValueError(
+                f"model.text_encoder = {self.model.text_encoder!r}: it conditions a window, and task.kind = "
+                f'"{self.task.kind}" has none; allowed: reward_tuning, policy_gradient'
+            )
+        return self
+
+    @model_validator(mode="after")
     def _precision_can_train(self) -> "Recipe":
         task = self.task
         if isinstance(task, ObjectEncoder):
