@@ -7,7 +7,7 @@ the trained encoders' conditions and, where the UNet trains, its parameters.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -80,7 +80,7 @@ class Guided:
 
     def _arithmetic(self, latents: Tensor) -> AbstractContextManager:
         reduced = self.precision in (torch.bfloat16, torch.float16)
-        return torch.autocast(latents.device.type, self.precision if reduced else None, enabled=reduced)
+        return torch.autocast(latents.device.type, self.precision) if reduced else nullcontext()
 
 
 @torch.no_grad()

@@ -54,7 +54,8 @@ class Model(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the UNet; what trains keeps fp32 master weights. Evaluation is always fp32."""
     attention: Literal["auto", "xformers", "sdpa", "eager"] = "auto"
-    channels_last: bool = False
+    channels_last: bool | None = None
+    """Layout of images in UNet and decoder; by default channels last where that is faster on CPU, in fp32."""
     compile: bool = False
     """Compile the UNet: minutes once, faster steps after."""
     gradient_checkpointing: bool = False

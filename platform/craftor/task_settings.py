@@ -107,8 +107,8 @@ class Tuning(Section):
     def _anchor_holds_something(self) -> "Tuning":
         if self.anchor and not self.train.encoders:
             raise ValueError(
-                f"anchor = {self.anchor}: it keeps a trained encoder near the original, and none trains here; allowed: 0, or "
-                "a text encoder in train"
+                f"anchor = {self.anchor}: it keeps a trained encoder near the original, and none trains; "
+                "allowed: 0, or a text encoder in train"
             )
         return self
 

@@ -107,6 +107,11 @@ def load(diffuser: Diffuser, folder: Path) -> dict[str, nn.Module]:
     for name in (*ENCODERS, "unet"):
         if (folder / name).is_dir():
             found[name] = _whole(CLASSES[name], folder / name)
+    if "unet" in found:
+        # In the kernels and layout of the pipeline's own.
+        unet = copy.deepcopy(diffuser.unet)
+        unet.load_state_dict(found["unet"].state_dict())
+        found["unet"] = unet
     if (folder / LORA_FOLDER).is_dir():
         found |= _merged(diffuser, folder / LORA_FOLDER)
     if not found:

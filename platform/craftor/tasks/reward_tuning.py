@@ -107,6 +107,8 @@ class RewardTuningTask:
         """The original encoders' prompt, and the trained ones' with its graph."""
         with torch.no_grad():
             original = self._encode(self.diffuser.encoders, rows)
+        if all(self.tuned[name] is encoder for name, encoder in self.diffuser.encoders.items()):
+            return original, original  # the UNet alone trains
         return original, self._encode(self.tuned, rows)
 
     def _encode(self, encoders: Mapping[str, nn.Module], rows: Rows) -> Prompt:
