@@ -49,6 +49,37 @@ def test_resuming_equals_never_stopping(tmp_path: Path) -> None:
     assert all(torch.equal(value, expected.state_dict()[name]) for name, value in module.state_dict().items())
 
 
+def test_any_layout_is_saved_and_found_again(tmp_path: Path) -> None:
+    """Images with channels last have weights, averages and moments to match."""
+
+    def fresh() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        module = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        return module, torch.optim.AdamW(module.parameters(), lr=1e-2)
+
+    module, optimizer = fresh()
+    module(torch.ones(1, 3, 5, 5)).sum().backward()
+    optimizer.step()
+    average = {name: p.detach().clone() for name, p in module.named_parameters()}
+    folder = checkpoint.save(
+        tmp_path,
+        1,
+        save_module=lambda folder: (folder / "unet").mkdir(),
+        module=module,
+        optimizer=optimizer,
+        average=average,
+        state={"recipe": {}},
+    )
+    again, again_optimizer = fresh()
+    again_average = {name: torch.zeros_like(value) for name, value in average.items()}
+    checkpoint.restore(folder, module=again, optimizer=again_optimizer, average=again_average)
+    assert all(torch.equal(value, again_average[name]) for name, value in average.items())
+    for parameter, same in zip(module.parameters(), again.parameters(), strict=True):
+        saved, found = optimizer.state[parameter], again_optimizer.state[same]
+        assert torch.equal(parameter, same) and all(torch.equal(value, found[key]) for key, value in saved.items())
+        assert found["exp_avg"].stride() == same.stride()
+
+
 def test_a_half_written_checkpoint_is_never_read(tmp_path: Path) -> None:
     whole = save(tmp_path, 3, *trained(3))
     half = tmp_path / "checkpoints" / ".writing-step-000006"

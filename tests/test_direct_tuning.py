@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from craftor import objective, seeds
@@ -17,15 +18,23 @@ from craftor.tasks.direct_tuning import DirectTuningTask
 PROMPTS = ["a small red star", "a large blue ring", "a large red ring"]
 
 
-def test_gradient_is_that_of_the_one_step_prediction(tiny_recipe: Path) -> None:
+def build(tiny_recipe: Path, timesteps: list[int]) -> DirectTuningTask:
     data = load_recipe(tiny_recipe).model_dump(by_alias=True)
-    data["task"] = {
-        "kind": "direct_tuning",
-        "rollout": data["task"]["rollout"],
-        "rewards": data["task"]["rewards"],
-        "timesteps": [100, 600],
-    }
-    task = DirectTuningTask(Recipe.model_validate(data))
+    kept = {key: data["task"][key] for key in ("rollout", "rewards")}
+    data["task"] = {"kind": "direct_tuning", **kept, "timesteps": timesteps, "anchor": 0.3}
+    return DirectTuningTask(Recipe.model_validate(data))
+
+
+def test_timesteps_that_the_model_does_not_have_are_refused(tiny_recipe: Path) -> None:
+    with pytest.raises(ValueError, match=r"task\.timesteps = \[0, 1000\]: this model has timesteps 0 to 999"):
+        build(tiny_recipe, [0, 1000])
+
+
+def test_gradient_is_that_of_the_one_step_prediction(tiny_recipe: Path) -> None:
+    task = build(tiny_recipe, [100, 600])
+    with torch.no_grad():
+        for parameter in task.module.parameters():
+            parameter.mul_(1.1)
     ids = task.diffuser.tokenize(PROMPTS)
     latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     columns = {
@@ -54,6 +63,7 @@ def test_gradient_is_that_of_the_one_step_prediction(tiny_recipe: Path) -> None:
     scores = {name: reward(images, PROMPTS) for name, reward in task.scoring.rewards.items()}
     total = objective.total(scores, task.scoring.weights)
     torch.testing.assert_close(metrics["total"], total.detach(), rtol=1e-4, atol=1e-5)
-    (-total.mean()).backward()
+    apart = [embed(encoders, ids).embeds for encoders in (task.encoders, task.diffuser.encoders)]
+    (0.3 * (apart[0] - apart[1]).square().mean() - total.mean()).backward()
     for name, parameter in task.module.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-6, msg=name)

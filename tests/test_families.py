@@ -183,10 +183,10 @@ def test_attention_kernels_agree(tiny: Path, attention: str) -> None:
     latents, embeds = torch.randn(2, 4, 8, 8), torch.randn(2, 6, 16)
     with torch.no_grad():
         found, wanted = (
-            load(Model(path=str(tiny / "pipeline"), attention=choice, channels_last=choice != "auto"))
+            load(Model(path=str(tiny / "pipeline"), attention=choice, channels_last=last))
             .unet(latents, 500, embeds)
             .sample
-            for choice in (attention, "auto")
+            for choice, last in ((attention, False), ("auto", True))
         )
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from conftest import write_tiny_recipe
 from craftor import job, prefix_cache
@@ -46,8 +47,6 @@ def prepared(tiny: Path, tmp_path_factory: pytest.TempPathFactory, cluster: None
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
     return load_file(run_dir / "checkpoints" / "step-000003" / "text_encoder" / "model.safetensors")
 
 
@@ -115,6 +114,10 @@ def test_filling_goes_on_where_it_stopped(
     [
         ({"seed": 8}, "made from something else: seed: there 7, here 8"),
         ({"task.rollout.guidance_scale": 2.0}, "made from something else: rollout"),
+        (
+            {"model.path": "another"},
+            "made from something else: unet_sha256: there .*, here .*; noise: .*epsilon.*v_pred",
+        ),
         ({"task.window.last": 3}, "reaches denoising step 2, but the window starts at 1"),
         ({"run.num_steps": 9}, "holds 12 of the 36 samples needed; go on with: craftor prefix"),
         ({"task.train": {"unet": {}}}, 'prefix.mode = "cache": the prefix changes while the UNet trains'),
@@ -123,11 +126,25 @@ def test_filling_goes_on_where_it_stopped(
     ],
 )
 def test_a_cache_that_does_not_fit_is_refused(
-    tiny_recipe: Path, prepared: Path, cache: Path, change: dict, message: str
+    tiny_recipe: Path, tmp_path: Path, prepared: Path, cache: Path, change: dict, message: str
 ) -> None:
     overrides = {**QUICK, "task.prefix": {"mode": "cache", "cache": str(cache)}, **change}
+    if "model.path" in change:
+        overrides["model.path"] = str(another_model(Path(load(tiny_recipe).model.path), tmp_path))
     with pytest.raises(RecipeError, match=message):
         prepared_earlier(load(tiny_recipe, overrides), prepared, describe(prepared / "rows").digest)
+
+
+def another_model(pipeline: Path, folder: Path) -> Path:
+    """A copy whose UNet has one other weight and predicts velocity."""
+    shutil.copytree(pipeline, folder / "another")
+    weights = folder / "another" / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["conv_in.bias"][0] += 1
+    save_file(tensors, weights, metadata={"format": "pt"})
+    scheduler = folder / "another" / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace('"epsilon"', '"v_prediction"'))
+    return folder / "another"
 
 
 def test_a_cache_of_other_prompts_is_refused(tiny_recipe: Path, tmp_path: Path, cache: Path) -> None:

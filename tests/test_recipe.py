@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from craftor.preflight import FORMATS, REWARD_KINDS, check
 from craftor.prompts import FORMATS as READERS
@@ -79,6 +80,16 @@ def test_mistakes_are_explained(tiny_recipe: Path, key: str, value: object, mess
         load(tiny_recipe, {key: value})
     assert str(tiny_recipe) in str(error.value)
     assert message in str(error.value)
+
+
+def test_settings_that_would_do_nothing_are_refused(tiny_recipe: Path) -> None:
+    with pytest.raises(RecipeError, match=r"anchor = 0\.1: it keeps a trained encoder near the original, and none"):
+        load(tiny_recipe, {"task.anchor": 0.1, "task.train": {"unet": {}}})
+    data = load(tiny_recipe).model_dump(by_alias=True)
+    data["model"]["text_encoder"] = "runs/encoder"
+    data["task"] = {"kind": "direct_tuning", "rewards": data["task"]["rewards"]}
+    with pytest.raises(ValidationError, match='it conditions a window, and task.kind = "direct_tuning" has none'):
+        Recipe.model_validate(data)
 
 
 def test_a_unet_does_not_train_in_float16(tiny_recipe: Path) -> None:

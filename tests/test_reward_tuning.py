@@ -9,9 +9,11 @@ from pydantic import ValidationError
 
 from craftor import objective, seeds
 from craftor.decode import decode
-from craftor.denoise import Prompt, State
+from craftor.denoise import Prompt, State, sample
 from craftor.embed import embed
+from craftor.memory import graph_size
 from craftor.recipe import Recipe, load
+from craftor.solver import add_noise
 from craftor.stream import Rows
 from craftor.tasks.reward_tuning import RewardTuningTask
 
@@ -139,6 +141,38 @@ def test_a_sample_depends_on_its_prompt_and_index_alone(tiny_recipe: Path, windo
     alone = task.step(rows(task, PROMPTS[1:2], positions=[1]))
     for name, values in together.items():
         torch.testing.assert_close(values[1:2], alone[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_copy_takes_the_last_step_as_its_first(tiny_recipe: Path) -> None:
+    """DPM-Solver++ reads the step before: a copy, noised to the last step, has none and takes DDIM's."""
+    rollout = {"num_steps": 16, "guidance_scale": 3.0, "solver": "dpm_solver_2m"}
+    task = build(tiny_recipe, task__rollout=rollout, task__window={"preset": "draft_lv"})
+    task.step(rows(task))
+    with torch.no_grad():
+        prompt = condition(task.module["text_encoder"], task)
+        finished = sample(task.guided, State(seeds.normal(7, range(3), "noise", (4, 8, 8))), prompt, range(16)).latents
+        ddim = task.diffuser.guided(task.settings.rollout.model_copy(update={"solver": "ddim"}))
+        for copy, images in enumerate(task.images.chunk(2)):
+            noise = seeds.normal(7, range(3), f"copy {copy}", (4, 8, 8))
+            noisy = State(add_noise(ddim.schedule[15], finished, noise))
+            wanted = decode(task.diffuser.vae, ddim.step(noisy, prompt, 15).latents)
+            torch.testing.assert_close(images, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_checkpointed_layers_give_the_gradient_of_kept_ones(tiny_recipe: Path) -> None:
+    found, held = [], []
+    for checkpointing in (False, True):
+        overrides = {"model__gradient_checkpointing": checkpointing, "task__train": {"text_encoder": {}, "unet": {}}}
+        task = build(tiny_recipe, **overrides)
+        with graph_size(task.module.parameters()) as encoding:
+            task._embed(rows(task))
+        with graph_size(task.module.parameters()) as everything:
+            task.step(rows(task))
+        found.append(gradients(task))
+        held.append((encoding.bytes, everything.bytes))
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-4, atol=1e-6, msg=name)
+    assert held[1][0] < held[0][0] / 2 and held[1][1] < held[0][1] / 2
 
 
 @pytest.mark.parametrize(("recompute", "num_kept"), [(True, 0), (1, 1), ("auto", 0)])

@@ -69,7 +69,9 @@ def write(
     weights = {name: p.detach().contiguous() for name, p in trained(module).items()}
     save_file(weights, folder / "trainer" / "module.safetensors")
     if average is not None:
-        save_file(average, folder / "trainer" / "average.safetensors")
+        save_file(
+            {name: value.contiguous() for name, value in average.items()}, folder / "trainer" / "average.safetensors"
+        )
     write_state(folder, step, state)
 
 
@@ -102,13 +104,20 @@ def restore(
     for name, parameter in parameters.items():
         parameter.data.copy_(weights[name])
         prefix = f"{name}::"
-        found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        found = {
+            key.removeprefix(prefix): _as(parameter, value) for key, value in tensors.items() if key.startswith(prefix)
+        }
         if found:
             optimizer.state[parameter] = found
     if average is not None:
         for key, value in load_file(folder / "trainer" / "average.safetensors").items():
             average[key].copy_(value)
     return step_of(folder)
+
+
+def _as(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """An optimiser's tensor on its parameter's device and in its layout, where the step works with both."""
+    return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape and value.ndim else value
 
 
 def trained(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -7,7 +7,7 @@ the trained encoders' conditions and, where the UNet trains, its parameters.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -86,7 +86,7 @@ class Guided:
     def arithmetic(self, latents: Tensor) -> AbstractContextManager:
         """The precision in which networks compute inside the block."""
         reduced = self.precision in (torch.bfloat16, torch.float16)
-        return torch.autocast(latents.device.type, self.precision if reduced else None, enabled=reduced)
+        return torch.autocast(latents.device.type, self.precision) if reduced else nullcontext()
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from craftor.attention import set_attention
 from craftor.denoise import Guided
 from craftor.embed import Condition, embed
 from craftor.locate import locate
+from craftor.onednn import use_onednn
 from craftor.quiet import hush
 from craftor.recipe import Model
 from craftor.rollout import Rollout
@@ -60,7 +61,7 @@ class Diffuser:
 
     @property
     def device(self) -> torch.device:
-        return self.unet.device
+        return self.unet.conv_in.weight.device  # diffusers' own property walks through all parameters
 
     def guided(self, rollout: Rollout, unet: UNet2DConditionModel | None = None) -> Guided:
         """The denoiser of a rollout, in the model's precision; `unet` stands in for the frozen one."""
@@ -130,7 +131,12 @@ def load(model: Model, device: torch.device | str = "cpu") -> Diffuser:
     for part in (*encoders.values(), pipeline.unet, pipeline.vae):
         freeze(part).to(device)
     set_attention(pipeline.unet, model.attention, device)
-    if model.channels_last:
+    if device.type == "cpu":
+        use_onednn(pipeline.unet)
+    channels_last = model.channels_last
+    if channels_last is None:
+        channels_last = device.type == "cpu" and model.precision == "fp32"
+    if channels_last:
         pipeline.unet.to(memory_format=torch.channels_last)
         pipeline.vae.to(memory_format=torch.channels_last)
     if model.gradient_checkpointing:

@@ -18,6 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from craftor.devices import Device
 from craftor.locate import locate
+from craftor.onednn import FLOPS
 from craftor.plan import plan
 from craftor.recipe import PolicyGradient, Recipe, RecipeError, RewardTuning
 from craftor.replay import kept_steps
@@ -220,7 +221,7 @@ class Whole:
 
 def counting() -> FlopCounterMode:
     """A counter of all operations in its block, whatever module they are in."""
-    counter: Any = FlopCounterMode(display=False)
+    counter: Any = FlopCounterMode(display=False, custom_mapping=FLOPS)
     counter.mod_tracker = Whole()
     return counter
 

@@ -27,6 +27,16 @@ from craftor.stream import slots
 
 MANIFEST = "prefix.json"
 SAMPLES_PER_PART = 1024
+NOISE = (
+    "num_train_timesteps",
+    "beta_schedule",
+    "beta_start",
+    "beta_end",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "prediction_type",
+)
+"""Of a model's scheduler, what its latents depend on."""
 
 
 def key(recipe: Recipe, diffuser: Diffuser, digest: str) -> dict[str, Any]:
@@ -35,6 +45,7 @@ def key(recipe: Recipe, diffuser: Diffuser, digest: str) -> dict[str, Any]:
     return {
         "unet_sha256": weights_digest([diffuser.unet]),
         "text_encoders_sha256": weights_digest(diffuser.encoders.values()),
+        "noise": {name: diffuser.scheduler.config[name] for name in NOISE},
         "prompts_sha256": digest,
         "seed": recipe.seed,
         "precision": recipe.model.precision,

@@ -56,7 +56,8 @@ class Model(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the UNet; what trains keeps fp32 master weights. Evaluation is always fp32."""
     attention: Literal["auto", "xformers", "sdpa", "eager"] = "auto"
-    channels_last: bool = False
+    channels_last: bool | None = None
+    """Layout of images in UNet and decoder; by default channels last where that is faster on CPU, in fp32."""
     compile: bool = False
     """Compile the UNet: minutes once, faster steps after."""
     gradient_checkpointing: bool = False
@@ -190,6 +191,15 @@ class Recipe(Section):
                 raise ValueError(f'workers.strategy = "fsdp" and {key} = {value}; allowed: {allowed}, or "ddp"')
         check_task_in_shards(self.task)
         check_parts_in_shards(self.workers, self.run.batch_size, self.run.micro_batch)
+        return self
+
+    @model_validator(mode="after")
+    def _tuned_encoder_has_a_window(self) -> "Recipe":
+        if self.model.text_encoder is not None and not isinstance(self.task, RewardTuning):
+            raise ValueError(
+                f"model.text_encoder = {self.model.text_encoder!r}: it conditions a window, and task.kind = "
+                f'"{self.task.kind}" has none; allowed: reward_tuning, policy_gradient'
+            )
         return self
 
     @model_validator(mode="after")

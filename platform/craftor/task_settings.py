@@ -103,6 +103,15 @@ class Tuning(Section):
     def _expand_preset(cls, rewards: Any) -> Any:
         return expand_preset(rewards)
 
+    @model_validator(mode="after")
+    def _anchor_holds_something(self) -> "Tuning":
+        if self.anchor and not self.train.encoders:
+            raise ValueError(
+                f"anchor = {self.anchor}: it keeps a trained encoder near the original, and none trains; "
+                "allowed: 0, or a text encoder in train"
+            )
+        return self
+
     @field_validator("rewards")
     @classmethod
     def _names_are_free(cls, rewards: dict[str, Reward]) -> dict[str, Reward]:

@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from craftor.diffuser import ENCODERS, Diffuser, freeze
 from craftor.task_settings import Part
@@ -47,6 +48,8 @@ def make(
                 module.add_adapter(lora_config(name, part))
         if name == "text_encoder" and "text_encoder_2" in diffuser.encoders:
             _freeze_unread(module)
+        if name in ENCODERS and diffuser.unet.is_gradient_checkpointing:
+            _checkpoint_layers(module)
         assert any(p.requires_grad for p in module.parameters()), f"{name}: LoRA bound to no module"
         modules[name] = module
     return modules
@@ -57,6 +60,14 @@ def _freeze_unread(encoder: CLIPTextModel) -> None:
     text = getattr(encoder, "text_model", encoder)
     for unread in (text.encoder.layers[-1], text.final_layer_norm):
         unread.requires_grad_(False)
+
+
+def _checkpoint_layers(encoder: CLIPTextModel) -> None:
+    """Layers rebuild their activations in training mode alone: theirs is set, their dropout's is not."""
+    encoder.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in encoder.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = True
 
 
 def find(diffuser: Diffuser, name: str) -> nn.Module:
@@ -96,6 +107,11 @@ def load(diffuser: Diffuser, folder: Path) -> dict[str, nn.Module]:
     for name in (*ENCODERS, "unet"):
         if (folder / name).is_dir():
             found[name] = _whole(CLASSES[name], folder / name)
+    if "unet" in found:
+        # In the kernels and layout of the pipeline's own.
+        unet = copy.deepcopy(diffuser.unet)
+        unet.load_state_dict(found["unet"].state_dict())
+        found["unet"] = unet
     if (folder / LORA_FOLDER).is_dir():
         found |= _merged(diffuser, folder / LORA_FOLDER)
     if not found:

@@ -3,7 +3,7 @@
 What a worker does between a batch of token ids and the optimiser's step, by the task itself; without Ray and logging.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -36,10 +36,13 @@ class CraftorStep:
         trains: Literal["text_encoder", "unet", "unet_lora"] = "text_encoder",
         cached: bool = False,
         recompute: bool | int = False,
+        device: torch.device | str = "cpu",
+        model: Mapping[str, str | bool] | None = None,
     ) -> None:
         """`cached` takes the latents at the window's start from a store instead of denoising.
 
-        `recompute` is the recipe's: every window step's graph is rebuilt, none is, or so many of the earliest are.
+        `recompute` is the recipe's: every window step's graph is rebuilt, none is, or so many of the earliest are;
+        `model` has further keys of its `[model]`.
         """
         part = trains.removesuffix("_lora")
         settings = {"method": "lora", "rank": LORA_RANK} if trains.endswith("_lora") else {}
@@ -47,7 +50,7 @@ class CraftorStep:
         recipe = Recipe.model_validate(
             {
                 "name": work.name,
-                "model": {"path": str(work.pipeline)},
+                "model": {"path": str(work.pipeline), **(model or {})},
                 "data": {"path": "the workload's prompts"},
                 "optimizer": {"lr": work.lr},
                 "run": {"num_steps": 1, "batch_size": len(work.prompts)},
@@ -60,11 +63,11 @@ class CraftorStep:
                 },
             }
         )
-        self.task = RewardTuningTask(recipe)
+        self.task = RewardTuningTask(recipe, device)
         self.module = self.task.module[part]
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=work.lr)
-        ids = self.task.diffuser.tokenize(work.prompts)["text_encoder"].numpy()
+        ids = self.task.diffuser.tokenize(work.prompts)["text_encoder"].cpu().numpy()
         self.columns = {"input_ids": ids, "prompt": np.array(work.prompts, dtype=object)}
         self.batch = 0
         if cached:
@@ -96,7 +99,7 @@ class CraftorStep:
         rows = Rows(self.position, self.columns)
         with torch.no_grad():
             original, _ = self.task._embed(rows)
-        return self.task._prefix(rows, original, self.task.span.start).latents.flatten(1).numpy()
+        return self.task._prefix(rows, original, self.task.span.start).latents.flatten(1).cpu().numpy()
 
     def floor(self) -> dict[str, Callable[[], object]]:
         """The calls an encoder step with the prefix in the worker cannot avoid, alone, on tensors of the step's shapes.

@@ -91,7 +91,7 @@ def tiny(batch_size: int, folder: Path) -> Workload:
             "pick": RewardSource("pick_score", folder / "pick", 1.0),
             "pixel": RewardSource("benchmarks.models:PixelMean", folder, 1.0),
         },
-        prompts=_prompts(batch_size),
+        prompts=make_prompts(batch_size),
         guidance_scale=7.5,
     )
 
@@ -105,7 +105,7 @@ def micro(batch_size: int) -> Workload:
             "clip": RewardSource("clip_score", _WEIGHTS / "reward_clip", 22.0),
             "aesthetic": RewardSource("aesthetic", _WEIGHTS / "aesthetic", 1.0),
         },
-        prompts=_prompts(batch_size),
+        prompts=make_prompts(batch_size),
         guidance_scale=4.0,
     )
 
@@ -113,7 +113,7 @@ def micro(batch_size: int) -> Workload:
 def save_tiny_pipeline(folder: Path) -> Path:
     """A `StableDiffusionPipeline` folder: 985,444 weights in the UNet, 8x8x4 latents, 16-pixel images."""
     torch.manual_seed(0)
-    tokenizer = _tokenizer()
+    tokenizer = make_tokenizer()
     StableDiffusionPipeline(
         vae=AutoencoderKL(
             block_out_channels=(32, 64),
@@ -154,7 +154,7 @@ def save_tiny_pipeline(folder: Path) -> Path:
 def save_tiny_clip(folder: Path, seed: int) -> Path:
     """A random `CLIPModel` for 12-pixel images: smaller than the 16 that the VAE gives, so that resizing is timed."""
     torch.manual_seed(seed)
-    tokenizer = _tokenizer()
+    tokenizer = make_tokenizer()
     text = _text_tower(tokenizer) | {"projection_dim": 32}
     vision = {
         "hidden_size": 32,
@@ -172,7 +172,7 @@ def save_tiny_clip(folder: Path, seed: int) -> Path:
     return folder
 
 
-def _tokenizer() -> CLIPTokenizer:
+def make_tokenizer() -> CLIPTokenizer:
     tokenizer = build_tokenizer()
     tokenizer.model_max_length = NUM_TOKENS
     return tokenizer
@@ -192,7 +192,7 @@ def _text_tower(tokenizer: CLIPTokenizer) -> dict:
     }
 
 
-def _prompts(batch_size: int) -> list[str]:
+def make_prompts(batch_size: int) -> list[str]:
     shapes, colours = ("star", "ring", "square", "circle"), ("red", "blue", "green", "yellow")
     every = [f"a {size} {colour} {shape}" for size in ("small", "large") for colour in colours for shape in shapes]
     if not 1 <= batch_size <= len(every):

@@ -15,7 +15,7 @@ from craftor import seeds, trainable
 from craftor.decode import decode
 from craftor.denoise import Prompt
 from craftor.diffuser import assert_frozen, load
-from craftor.embed import embed
+from craftor.embed import Condition, embed
 from craftor.image_statistics import measure, summarise
 from craftor.recipe import DirectTuning, Recipe
 from craftor.scoring import Elsewhere, Scoring
@@ -38,6 +38,10 @@ class DirectTuningTask:
         self.encoders = {name: trained.get(name, original) for name, original in self.diffuser.encoders.items()}
         # Every training timestep is a denoising step of the finest schedule; a sample takes one of them.
         num_timesteps = self.diffuser.scheduler.config.num_train_timesteps
+        if self.settings.timesteps[1] >= num_timesteps:
+            raise ValueError(
+                f"task.timesteps = {list(self.settings.timesteps)}: this model has timesteps 0 to {num_timesteps - 1}"
+            )
         finest = self.settings.rollout.model_copy(update={"num_steps": num_timesteps})
         self.guided = self.diffuser.guided(finest, trained.get("unet"))
         self.scoring = Scoring(self.settings, recipe.guards, self.diffuser.device, elsewhere or {})
@@ -81,11 +85,19 @@ class DirectTuningTask:
         images = decode(self.diffuser.vae, predicted)
         prompts = [str(prompt) for prompt in rows.columns["prompt"]]
         scores, gradient = self.scoring(images, prompts, share, rows.position[0] // self.batch_size)
-        images.backward(gradient)
+        torch.autograd.backward([images, share * self._anchor(rows, prompt.condition)], [gradient, None])
 
         self.images = images.detach()
         total = self.scoring.total(scores)
         return {"loss": -total, "total": total, **scores, **measure(self.images, prompts)}
+
+    def _anchor(self, rows: Rows, condition: Condition) -> Tensor:
+        """The penalty on the embeddings' distance from the original encoder's."""
+        if not self.settings.anchor:
+            return condition.embeds.new_zeros((), requires_grad=True)
+        with torch.no_grad():
+            original = embed(self.diffuser.encoders, rows.ids(self.diffuser.device))
+        return self.settings.anchor * (condition.embeds - original.embeds).square().mean()
 
     def _coefficients(self, timesteps: Tensor) -> Tensor:
         """x0's (p, q) and the noise level's (alpha, sigma), as columns over the rows."""

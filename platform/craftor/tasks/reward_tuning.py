@@ -1,6 +1,7 @@
 """Prompts -> rewards -> gradient for text encoder or UNet (TextCraftor, section 3.2.2 and algorithm 1)."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from craftor.prefix_cache import read_manifest
 from craftor.recipe import Recipe, RewardTuning
 from craftor.replay import kept_steps, measure_kept_steps
 from craftor.scoring import Elsewhere, Scoring
-from craftor.solver import add_noise
+from craftor.solver import add_noise, begun_at
 from craftor.stream import Rows
 
 
@@ -80,12 +81,15 @@ class RewardTuningTask:
         where = plan(self.settings.window, self.guided.num_steps, self.seed, rows.position)
         state = self._prefix(rows, outside, where.start)
         anchor = self.settings.anchor * (tuned.condition.embeds - original.condition.embeds).square().mean()
+        guided = self.guided
         if self.settings.window.copies > 1:
             state, where, prompts, tuned, outside = self._copies(rows, state, where, prompts, tuned, outside)
+            # A copy has no step before its last, so multistep solvers take it as their first.
+            guided = replace(guided, schedule=begun_at(guided.schedule, guided.num_steps - 1))
 
         tuned_leaves = Prompt(tuned.condition.leaf(), self._null(tuned, original))
         kept = self._kept_steps(state, tuned_leaves, prompts, where)
-        chain = Chain(self.guided, where, tuned_leaves, outside, self.direct, kept)
+        chain = Chain(guided, where, tuned_leaves, outside, self.direct, kept)
         final = chain.forward(state)
         images = decode(self.diffuser.vae, final)
         scores, image_gradient = self.scoring(images, prompts, share, rows.position[0] // self.batch_size)
@@ -102,6 +106,8 @@ class RewardTuningTask:
         """The original encoders' prompt, and the trained ones' with its graph."""
         with torch.no_grad():
             original = self._encode(self.diffuser.encoders, rows)
+        if all(self.tuned[name] is encoder for name, encoder in self.diffuser.encoders.items()):
+            return original, original  # the UNet alone trains
         return original, self._encode(self.tuned, rows)
 
     def _encode(self, encoders: Mapping[str, nn.Module], rows: Rows) -> Prompt:
