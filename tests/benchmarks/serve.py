@@ -3,6 +3,10 @@
 Throughput and latency of the engine and its baselines are taken in this process, on one core, without HTTP, seed by
 seed in turn (`serving_load`); overload, soak, promotion and fuzzing against the endpoint in a process of its own
 (`serving_http`); recovery on Ray Serve. The micro model, bf16, one thread. Strict mode throughout.
+
+`grouped` takes as many requests as fill the engine's UNet call when they have equal parameters. `wide` takes four times
+as many, to find more equals among them: with few combinations of parameters that is a better batch, if the device holds
+it; among mixtures nobody finds equals.
 """
 
 import argparse
@@ -12,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,12 +27,14 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import harness, serving_http
-from benchmarks.serving_load import Continuous, Grouped, Outcome, run, workload
+from benchmarks.serving_load import Continuous, Grouped, Outcome, run, work, workload
 from craftor import recipe, registry
 from craftor.diffuser import Diffuser, load
 from craftor.encoders import Encoder
 from craftor.quiet import hush
 from craftor.recipe import Model
+from craftor.serving import buckets
+from craftor.serving.batch import network
 from craftor.serving.engine import Engine
 from craftor.serving.settings import EngineSettings
 from craftor.serving.work import ImageRequest, Share
@@ -58,7 +64,7 @@ class Overhead:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--requests", type=int, default=32, help="of one run of a workload")
+    parser.add_argument("--requests", type=int, default=40, help="of one run of a workload")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--bucket", type=int, default=None, help="slots of a UNet call; by default measured")
     parser.add_argument("--poisson-seconds", type=float, default=60, help="of load for each latency figure")
@@ -67,7 +73,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two minutes, to see that it runs: no figures to quote")
     arguments = parser.parse_args()
     if arguments.quick:
-        quick = {"requests": 6, "seeds": 1, "bucket": 8, "poisson_seconds": 5, "soak_seconds": 8, "fuzz_examples": 5}
+        quick = {"requests": 8, "seeds": 1, "bucket": 4, "poisson_seconds": 6, "soak_seconds": 8, "fuzz_examples": 5}
         arguments = argparse.Namespace(**vars(arguments) | quick)
     started = time.perf_counter()
     hush()
@@ -78,19 +84,27 @@ def main() -> None:
 
     base = load(MODEL).hold_rounded()
     figures, details = in_process(base, arguments, console)
+    show(console, figures)
     os.sched_setaffinity(0, set(cores))
     with TemporaryDirectory() as folder:
-        own, more = over_http(base, arguments, figures["engine_images_per_second"], Path(folder), (cores[0], cores[-1]))
-        figures |= own
-        details |= more
-        figures["recovery_seconds"] = recovery(Path(folder))
-    for key, value in figures.items():
-        console.print(f"{key:32s} {value:.4g}", highlight=False)
+        own = {"recovery_seconds": recovery(Path(folder))}
+        show(console, own)
+        more, found = over_http(
+            base, arguments, details["bucket"], figures["engine_images_per_second"], Path(folder), (cores[0], cores[-1])
+        )
+        show(console, more)
+    figures |= own | more
+    details |= found
     details["settings"] = vars(arguments)
     if arguments.quick:
         console.print("quick: nothing is written")
     else:
         console.print(harness.write("serve", figures=figures, details=details, started=started))
+
+
+def show(console: Console, figures: Mapping[str, float]) -> None:
+    for key, value in figures.items():
+        console.print(f"{key:32s} {value:.4g}", highlight=False)
 
 
 def in_process(base: Diffuser, arguments: argparse.Namespace, console: Console) -> tuple[dict, dict]:
@@ -100,21 +114,29 @@ def in_process(base: Diffuser, arguments: argparse.Namespace, console: Console) 
     settings = EngineSettings(bucket=arguments.bucket, queue_seconds=1e6)
     engine = Engine(base, settings, seen).start()
     size = max(1, engine.capacity // 2)
-    servers = [Continuous(engine), Grouped(base, "grouped", size), Grouped(base, "serial", 1, wait=0.0)]
+    servers = [
+        Continuous(engine),
+        Grouped(base, "grouped", size),
+        Grouped(base, "wide", 4 * size),
+        Grouped(base, "serial", 1, wait=0.0),
+    ]
     rates: dict[str, dict[str, list[float]]] = {w: {s.name: [] for s in servers} for w in WORKLOADS}
+    for name in ("w4", "w5", "w6"):
+        del rates[name]["wide"]
     shares: list[float] = []
+    calls: list[float] = []
     for seed in range(arguments.seeds):
         for name in WORKLOADS:
             asks = workload(name, arguments.requests, seed, encoders)
             horizon = sum(engine.cost(ask.request) for ask in asks)
-            turn = servers[seed % 3 :] + servers[: seed % 3]
-            for server in turn:
-                found = run(server, asks, rate=None, horizon=horizon, seed=seed)
-                rates[name][server.name].append(found.rate)
-            if name == "w4":
-                slots = sum(ask.request.num_steps * ask.request.slots for ask in asks)
-                ideal = len(asks) / (slots * engine.profile[engine.capacity] / engine.capacity)
-                shares.append(rates[name]["continuous"][-1] / ideal)
+            for server in servers[seed:] + servers[:seed]:
+                if server.name in rates[name]:
+                    before = full_call(engine) if (name, server.name) == ("w4", "continuous") else []
+                    found = run(server, asks, rate=None, horizon=horizon, seed=seed)
+                    rates[name][server.name].append(found.rate)
+                    if before:
+                        calls.append(float(np.median(before + full_call(engine))))
+                        shares.append(found.rate * work(asks).mean() * calls[-1] / engine.capacity)
     for server in servers[1:]:
         server.stop()
     overhead = seen.rest / seen.network
@@ -132,6 +154,7 @@ def in_process(base: Diffuser, arguments: argparse.Namespace, console: Console) 
     figures = {f"{w}_over_batch": ratio(rates[w], "continuous", "grouped") for w in WORKLOADS}
     figures |= {f"{w}_over_serial": ratio(rates[w], "continuous", "serial") for w in WORKLOADS}
     figures |= {
+        "w3_over_wide_batch": ratio(rates["w3"], "continuous", "wide"),
         "w4_of_ceiling": float(np.median(shares)),
         "w4_p95_over_solo": p95 / float(np.percentile(alone, 95)),
         "engine_overhead": overhead,
@@ -144,10 +167,19 @@ def in_process(base: Diffuser, arguments: argparse.Namespace, console: Console) 
         "bucket": engine.capacity,
         "batch_size_of_grouped": size,
         "w4_seconds": {"p95_at_0.8": p95, "alone": alone},
+        "batch_size_of_wide": 4 * size,
         "full_steps": seen.steps,
-        "ceiling": "images/s of w4 if all time were UNet calls of full buckets, as profiled at the start",
+        "full_call_seconds": calls,
+        "ceiling": "images/s of w4 if all time were UNet calls of full buckets, as timed before and after each run",
     }
     return figures, details
+
+
+def full_call(engine: Engine, times: int = 10) -> list[float]:
+    """Seconds of UNet calls of a full bucket and of nothing else; the engine must have nothing to do."""
+    plain, shape = network(engine.base, engine.base.latent_shape), engine.base.latent_shape
+    size = engine.capacity
+    return [buckets.measure(plain, shape, engine.base.null(), [size], repeats=1)[size] for _ in range(times)]
 
 
 def _alone(engine: Engine, request: ImageRequest) -> float:
@@ -167,28 +199,35 @@ def table(rates: dict[str, dict[str, list[float]]]) -> Table:
     for server in rates["w1"]:
         out.add_column(server, justify="right")
     for name, row in rates.items():
-        out.add_row(name, *(f"{np.median(r):.2f} ({min(r):.2f}, {max(r):.2f})" for r in row.values()))
+        found = (row.get(server) for server in rates["w1"])
+        out.add_row(name, *(f"{np.median(r):.2f} ({min(r):.2f}, {max(r):.2f})" if r else "" for r in found))
     return out
 
 
 def over_http(
-    base: Diffuser, arguments: argparse.Namespace, rate: float, folder: Path, cores: tuple[int, int]
+    base: Diffuser, arguments: argparse.Namespace, bucket: int, guess: float, folder: Path, cores: tuple[int, int]
 ) -> tuple[dict, dict]:
-    """Overload, soak with promotions, and fuzzing; the server on the first core, the client on the last."""
+    """Overload, soak with promotions, and fuzzing; the server on the first core, the client on the last.
+
+    `guess` is the engine's saturation without HTTP; the server's own is what it answers when it gets far more.
+    """
     connected, bundles = registered(base, folder)
     settings: dict[str, Any] = {
         "model": MODEL.model_dump(),
         "encoders": {"style": "style@champion", "fixed": str(bundles[1])},
         "poll_seconds": 1.0,
         "runs": str(folder),
-        "engine": {"bucket": arguments.bucket or 8, "queue_seconds": 2.0},
+        "engine": {"bucket": bucket, "queue_seconds": 2.0},
     }
     os.sched_setaffinity(0, {cores[1]})
     names, seconds = ("style", "fixed"), arguments.poisson_seconds
     figures: dict[str, float] = {}
     details: dict[str, Any] = {}
     with serving_http.server(settings, folder, cores[0]) as (url, process):
-        asyncio.run(serving_http.load(url, bodies(12, 0, names), 2 * rate, 0))  # warm
+        asyncio.run(serving_http.load(url, bodies(12, 0, names), 2 * guess, 0))  # warm
+        number = int(3 * guess * seconds / 2) + 8
+        full = asyncio.run(serving_http.load(url, bodies(number, 3, names), 3 * guess, 3))
+        figures["http_images_per_second"] = rate = full.rate(seconds / 8, seconds / 2)
 
         def drive(part: float, seed: int, seconds: float) -> serving_http.Answers:
             number = max(8, int(part * rate * seconds))
@@ -199,7 +238,10 @@ def over_http(
         figures["overload_p95_ratio"] = crowd.p95 / calm.p95
         figures["overload_5xx"] = crowd.failures
         figures["overload_rss_growth"] = serving_http.resident_mib(process) / before - 1
-        details["overload"] = {"calm": vars(calm), "crowd": vars(crowd)}
+        details["overload"] = {
+            name: {"statuses": dict(found.statuses), "p95": found.p95, "latencies": found.latencies}
+            for name, found in (("calm", calm), ("crowd", crowd))
+        }
 
         # The soak, in ten parts; after each the alias moves to the other version, while requests are in flight.
         soak, memory, promoted, failed = serving_http.Answers(), [], 0, 0
