@@ -292,7 +292,7 @@ def fuzz(settings: dict[str, Any], folder: Path, core: int, examples: int, detai
     with serving_http.server(small, folder, core) as (url, _):
         command = [str(Path(sys.executable).parent / "schemathesis"), "run", f"{url}/openapi.json"]
         command += ["--max-examples", str(examples), "--checks", "not_a_server_error", "--request-timeout", "60"]
-        command += ["--continue-on-failure", "--report", "ndjson", "--report-ndjson-path", str(report)]
+        command += ["--max-time", "480", "--continue-on-failure", "--report", "ndjson", "--report-ndjson-path", str(report)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
         counted = statuses_of(serving_http.httpx.get(f"{url}/metrics").text)
     details["fuzz"] = {"statuses": counted, "exit": done.returncode, "output": done.stdout[-3000:]}
