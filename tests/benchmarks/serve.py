@@ -15,6 +15,7 @@ import copy
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -84,27 +85,35 @@ def main() -> None:
 
     base = load(MODEL).hold_rounded()
     figures, details = in_process(base, arguments, console)
-    show(console, figures)
-    os.sched_setaffinity(0, set(cores))
-    with TemporaryDirectory() as folder:
-        own = {"recovery_seconds": recovery(Path(folder))}
-        show(console, own)
-        more, found = over_http(
-            base, arguments, details["bucket"], figures["engine_images_per_second"], Path(folder), (cores[0], cores[-1])
-        )
-        show(console, more)
-    figures |= own | more
-    details |= found
     details["settings"] = vars(arguments)
-    if arguments.quick:
-        console.print("quick: nothing is written")
-    else:
-        console.print(harness.write("serve", figures=figures, details=details, started=started))
 
+    def note(more: Mapping[str, float]) -> None:
+        """Show and keep what there is: the parts to come take half an hour."""
+        for key, value in more.items():
+            console.print(f"{key:32s} {value:.4g}", highlight=False)
+        figures.update(more)
+        if not arguments.quick:
+            harness.write("serve", figures=figures, details=details, started=started)
 
-def show(console: Console, figures: Mapping[str, float]) -> None:
-    for key, value in figures.items():
-        console.print(f"{key:32s} {value:.4g}", highlight=False)
+    os.sched_setaffinity(0, set(cores))
+    note(figures)
+    with TemporaryDirectory() as folder:
+        note(recovery(Path(folder)))
+        connected, bundles = registered(base, Path(folder))
+        settings = {
+            "model": MODEL.model_dump(),
+            "encoders": {"style": "style@champion", "fixed": str(bundles[1])},
+            "poll_seconds": 1.0,
+            "runs": folder,
+            "engine": {"bucket": details["bucket"], "queue_seconds": 2.0},
+        }
+        os.sched_setaffinity(0, {cores[-1]})
+        note(fuzz(settings, Path(folder), cores[0], arguments.fuzz_examples, details))
+        guess = figures["engine_images_per_second"]
+        last = over_http(settings, connected, arguments, guess, Path(folder), cores[0], details)
+        os.sched_setaffinity(0, set(cores))
+        note(last)
+    console.print("quick: nothing is written" if arguments.quick else harness.OUT / "serve.json")
 
 
 def in_process(base: Diffuser, arguments: argparse.Namespace, console: Console) -> tuple[dict, dict]:
@@ -205,25 +214,21 @@ def table(rates: dict[str, dict[str, list[float]]]) -> Table:
 
 
 def over_http(
-    base: Diffuser, arguments: argparse.Namespace, bucket: int, guess: float, folder: Path, cores: tuple[int, int]
-) -> tuple[dict, dict]:
-    """Overload, soak with promotions, and fuzzing; the server on the first core, the client on the last.
+    settings: dict[str, Any],
+    connected: Any,
+    arguments: argparse.Namespace,
+    guess: float,
+    folder: Path,
+    core: int,
+    details: dict[str, Any],
+) -> dict[str, float]:
+    """Overload, and a soak with promotions; the server on one core, the client here on another.
 
     `guess` is the engine's saturation without HTTP; the server's own is what it answers when it gets far more.
     """
-    connected, bundles = registered(base, folder)
-    settings: dict[str, Any] = {
-        "model": MODEL.model_dump(),
-        "encoders": {"style": "style@champion", "fixed": str(bundles[1])},
-        "poll_seconds": 1.0,
-        "runs": str(folder),
-        "engine": {"bucket": bucket, "queue_seconds": 2.0},
-    }
-    os.sched_setaffinity(0, {cores[1]})
     names, seconds = ("style", "fixed"), arguments.poisson_seconds
     figures: dict[str, float] = {}
-    details: dict[str, Any] = {}
-    with serving_http.server(settings, folder, cores[0]) as (url, process):
+    with serving_http.server(settings, folder, core) as (url, process):
         asyncio.run(serving_http.load(url, bodies(12, 0, names), 2 * guess, 0))  # warm
         number = int(3 * guess * seconds / 2) + 8
         full = asyncio.run(serving_http.load(url, bodies(number, 3, names), 3 * guess, 3))
@@ -260,9 +265,7 @@ def over_http(
         figures["soak_rss_growth"] = memory[-1] / memory[len(memory) // 4] - 1
         figures["promotion_failures"] = failed + (parts - promoted)
         details["soak"] = {"mib": memory, "statuses": dict(soak.statuses), "promotions": promoted, "p95": soak.p95}
-    figures |= fuzz(settings, folder, cores[0], arguments.fuzz_examples, details)
-    os.sched_setaffinity(0, set(cores))
-    return figures, details
+    return figures
 
 
 def bodies(number: int, seed: int, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -292,15 +295,8 @@ def fuzz(settings: dict[str, Any], folder: Path, core: int, examples: int, detai
     with serving_http.server(small, folder, core) as (url, _):
         command = [str(Path(sys.executable).parent / "schemathesis"), "run", f"{url}/openapi.json"]
         command += ["--max-examples", str(examples), "--checks", "not_a_server_error", "--request-timeout", "60"]
-        command += [
-            "--max-time",
-            "480",
-            "--continue-on-failure",
-            "--report",
-            "ndjson",
-            "--report-ndjson-path",
-            str(report),
-        ]
+        command += ["--max-time", "360", "--continue-on-failure"]
+        command += ["--report", "ndjson", "--report-ndjson-path", str(report)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
         counted = statuses_of(serving_http.httpx.get(f"{url}/metrics").text)
     details["fuzz"] = {"statuses": counted, "exit": done.returncode, "output": done.stdout[-3000:]}
@@ -323,8 +319,8 @@ def statuses_of(metrics: str) -> dict[str, float]:
     return found
 
 
-def recovery(folder: Path) -> float:
-    """Seconds from killing Ray Serve's only replica to the next image."""
+def recovery(folder: Path, clients: int = 4) -> dict[str, float]:
+    """Killing Ray Serve's only replica under load: seconds to the next image, and errors of more than was in flight."""
     from craftor.cluster import ray_session
 
     with ray_session(num_workers=1):
@@ -337,25 +333,40 @@ def recovery(folder: Path) -> float:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         start(Serving.model_validate({"model": MODEL.model_dump(), "http": {"port": port}, "runs": str(folder)}))
-        ask = {"prompt": "a red star", "steps": 4}
+        url, ask = f"http://127.0.0.1:{port}/v1/images/generations", {"prompt": "a red star", "steps": 4}
+        answers: list[bool] = []
+        enough = threading.Event()
 
-        def answered() -> bool:
+        def answered(timeout: float) -> bool:
             try:
-                url = f"http://127.0.0.1:{port}/v1/images/generations"
-                return serving_http.httpx.post(url, json=ask, timeout=5).status_code == 200
+                return serving_http.httpx.post(url, json=ask, timeout=timeout).status_code == 200
             except serving_http.httpx.TransportError:
                 return False
 
-        while not answered():
-            time.sleep(0.2)
+        def ask_on() -> None:
+            while not enough.is_set():
+                answers.append(answered(120))
+
+        def first_image() -> float:
+            began = time.perf_counter()
+            while not answered(5):
+                time.sleep(0.2)
+            return time.perf_counter() - began
+
+        first_image()
+        crowd = [threading.Thread(target=ask_on) for _ in range(clients)]
+        for thread in crowd:
+            thread.start()
+        time.sleep(5)
         (replica,) = replicas()
         replica.kill()
-        began = time.perf_counter()
-        while not answered():
-            time.sleep(0.2)
-        seconds = time.perf_counter() - began
+        seconds = first_image()
+        time.sleep(5)
+        enough.set()
+        for thread in crowd:
+            thread.join()
         serve.shutdown()
-    return seconds
+    return {"recovery_seconds": seconds, "recovery_errors": float(max(0, answers.count(False) - clients))}
 
 
 def noisy_encoder(base: Diffuser, seed: int) -> Encoder:
