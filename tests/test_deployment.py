@@ -113,6 +113,20 @@ def test_the_router_prefers_replicas_that_hold_what_is_asked_for() -> None:
     assert asyncio.run(PreferHolders.choose_replicas(None, [], None)) == []
 
 
+def test_replicas_scale_between_their_bounds_and_see_more_than_they_hold() -> None:
+    from craftor.serving.deployment import build
+
+    own = {"min": 1, "max": 3, "num_cpus": 2.0, "num_gpus": 1.0, "target_ongoing_requests": 6}
+    scaled = build({"model": {"path": "micro:base"}, "replicas": own})._bound_deployment
+    config = scaled._deployment_config
+    bounds = config.autoscaling_config
+    assert (bounds.min_replicas, bounds.max_replicas, bounds.target_ongoing_requests) == (1, 3, 6)
+    assert scaled.ray_actor_options == {"num_cpus": 2.0, "num_gpus": 1.0}
+    assert config.max_ongoing_requests == 1000, "Serve's default of 5 would starve the engine"
+    fixed = build({"recipe": str(ROOT / "recipes" / "micro_serve.toml")})._bound_deployment._deployment_config
+    assert fixed.autoscaling_config is None and fixed.num_replicas == 1
+
+
 @pytest.fixture(scope="module")
 def url(tiny: Path, cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     from ray import serve

@@ -3,6 +3,10 @@
 Throughput and latency of the engine and its baselines are taken in this process, on one core, without HTTP, seed by
 seed in turn (`serving_load`); overload, soak, promotion and fuzzing against the endpoint in a process of its own
 (`serving_http`); recovery on Ray Serve. The micro model, bf16, one thread. Strict mode throughout.
+
+`grouped` takes as many requests as fill the engine's UNet call when they have equal parameters. `wide` takes four times
+as many, to find more equals among them: with few combinations of parameters that is a better batch, if the device holds
+it; among mixtures nobody finds equals.
 """
 
 import argparse
@@ -11,8 +15,9 @@ import copy
 import os
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,12 +28,14 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import harness, serving_http
-from benchmarks.serving_load import Continuous, Grouped, Outcome, run, workload
+from benchmarks.serving_load import Continuous, Grouped, Outcome, run, work, workload
 from craftor import recipe, registry
 from craftor.diffuser import Diffuser, load
 from craftor.encoders import Encoder
 from craftor.quiet import hush
 from craftor.recipe import Model
+from craftor.serving import buckets
+from craftor.serving.batch import network
 from craftor.serving.engine import Engine
 from craftor.serving.settings import EngineSettings
 from craftor.serving.work import ImageRequest, Share
@@ -58,16 +65,16 @@ class Overhead:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--requests", type=int, default=32, help="of one run of a workload")
+    parser.add_argument("--requests", type=int, default=40, help="of one run of a workload")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--bucket", type=int, default=None, help="slots of a UNet call; by default measured")
-    parser.add_argument("--poisson-seconds", type=float, default=60, help="of load for each latency figure")
+    parser.add_argument("--poisson-seconds", type=float, default=45, help="of load for each latency figure")
     parser.add_argument("--soak-seconds", type=float, default=600)
     parser.add_argument("--fuzz-examples", type=int, default=400, help="of each operation")
     parser.add_argument("--quick", action="store_true", help="two minutes, to see that it runs: no figures to quote")
     arguments = parser.parse_args()
     if arguments.quick:
-        quick = {"requests": 6, "seeds": 1, "bucket": 8, "poisson_seconds": 5, "soak_seconds": 8, "fuzz_examples": 5}
+        quick = {"requests": 8, "seeds": 1, "bucket": 4, "poisson_seconds": 6, "soak_seconds": 8, "fuzz_examples": 5}
         arguments = argparse.Namespace(**vars(arguments) | quick)
     started = time.perf_counter()
     hush()
@@ -78,19 +85,35 @@ def main() -> None:
 
     base = load(MODEL).hold_rounded()
     figures, details = in_process(base, arguments, console)
-    os.sched_setaffinity(0, set(cores))
-    with TemporaryDirectory() as folder:
-        own, more = over_http(base, arguments, figures["engine_images_per_second"], Path(folder), (cores[0], cores[-1]))
-        figures |= own
-        details |= more
-        figures["recovery_seconds"] = recovery(Path(folder))
-    for key, value in figures.items():
-        console.print(f"{key:32s} {value:.4g}", highlight=False)
     details["settings"] = vars(arguments)
-    if arguments.quick:
-        console.print("quick: nothing is written")
-    else:
-        console.print(harness.write("serve", figures=figures, details=details, started=started))
+
+    def note(more: Mapping[str, float]) -> None:
+        """Show and keep what there is: the parts to come take half an hour."""
+        for key, value in more.items():
+            console.print(f"{key:32s} {value:.4g}", highlight=False)
+        figures.update(more)
+        if not arguments.quick:
+            harness.write("serve", figures=figures, details=details, started=started)
+
+    os.sched_setaffinity(0, set(cores))
+    note(figures)
+    with TemporaryDirectory() as folder:
+        note(recovery(Path(folder)))
+        connected, bundles = registered(base, Path(folder))
+        settings = {
+            "model": MODEL.model_dump(),
+            "encoders": {"style": "style@champion", "fixed": str(bundles[1])},
+            "poll_seconds": 1.0,
+            "runs": folder,
+            "engine": {"bucket": details["bucket"], "queue_seconds": 2.0},
+        }
+        os.sched_setaffinity(0, {cores[-1]})
+        note(fuzz(settings, Path(folder), cores[0], arguments.fuzz_examples, details))
+        guess = figures["engine_images_per_second"]
+        last = over_http(settings, connected, arguments, guess, Path(folder), cores[0], details)
+        os.sched_setaffinity(0, set(cores))
+        note(last)
+    console.print("quick: nothing is written" if arguments.quick else harness.OUT / "serve.json")
 
 
 def in_process(base: Diffuser, arguments: argparse.Namespace, console: Console) -> tuple[dict, dict]:
@@ -100,21 +123,29 @@ def in_process(base: Diffuser, arguments: argparse.Namespace, console: Console) 
     settings = EngineSettings(bucket=arguments.bucket, queue_seconds=1e6)
     engine = Engine(base, settings, seen).start()
     size = max(1, engine.capacity // 2)
-    servers = [Continuous(engine), Grouped(base, "grouped", size), Grouped(base, "serial", 1, wait=0.0)]
+    servers = [
+        Continuous(engine),
+        Grouped(base, "grouped", size),
+        Grouped(base, "wide", 4 * size),
+        Grouped(base, "serial", 1, wait=0.0),
+    ]
     rates: dict[str, dict[str, list[float]]] = {w: {s.name: [] for s in servers} for w in WORKLOADS}
+    for name in set(WORKLOADS) - {"w3"}:
+        del rates[name]["wide"]
     shares: list[float] = []
+    calls: list[float] = []
     for seed in range(arguments.seeds):
         for name in WORKLOADS:
             asks = workload(name, arguments.requests, seed, encoders)
             horizon = sum(engine.cost(ask.request) for ask in asks)
-            turn = servers[seed % 3 :] + servers[: seed % 3]
-            for server in turn:
-                found = run(server, asks, rate=None, horizon=horizon, seed=seed)
-                rates[name][server.name].append(found.rate)
-            if name == "w4":
-                slots = sum(ask.request.num_steps * ask.request.slots for ask in asks)
-                ideal = len(asks) / (slots * engine.profile[engine.capacity] / engine.capacity)
-                shares.append(rates[name]["continuous"][-1] / ideal)
+            for server in servers[seed:] + servers[:seed]:
+                if server.name in rates[name]:
+                    before = full_call(engine) if (name, server.name) == ("w4", "continuous") else []
+                    found = run(server, asks, rate=None, horizon=horizon, seed=seed)
+                    rates[name][server.name].append(found.rate)
+                    if before:
+                        calls.append(float(np.median(before + full_call(engine))))
+                        shares.append(found.rate * work(asks).mean() * calls[-1] / engine.capacity)
     for server in servers[1:]:
         server.stop()
     overhead = seen.rest / seen.network
@@ -132,6 +163,7 @@ def in_process(base: Diffuser, arguments: argparse.Namespace, console: Console) 
     figures = {f"{w}_over_batch": ratio(rates[w], "continuous", "grouped") for w in WORKLOADS}
     figures |= {f"{w}_over_serial": ratio(rates[w], "continuous", "serial") for w in WORKLOADS}
     figures |= {
+        "w3_over_wide_batch": ratio(rates["w3"], "continuous", "wide"),
         "w4_of_ceiling": float(np.median(shares)),
         "w4_p95_over_solo": p95 / float(np.percentile(alone, 95)),
         "engine_overhead": overhead,
@@ -144,10 +176,19 @@ def in_process(base: Diffuser, arguments: argparse.Namespace, console: Console) 
         "bucket": engine.capacity,
         "batch_size_of_grouped": size,
         "w4_seconds": {"p95_at_0.8": p95, "alone": alone},
+        "batch_size_of_wide": 4 * size,
         "full_steps": seen.steps,
-        "ceiling": "images/s of w4 if all time were UNet calls of full buckets, as profiled at the start",
+        "full_call_seconds": calls,
+        "ceiling": "images/s of w4 if all time were UNet calls of full buckets, as timed before and after each run",
     }
     return figures, details
+
+
+def full_call(engine: Engine, times: int = 10) -> list[float]:
+    """Seconds of UNet calls of a full bucket and of nothing else; the engine must have nothing to do."""
+    plain, shape = network(engine.base, engine.base.latent_shape), engine.base.latent_shape
+    size = engine.capacity
+    return [buckets.measure(plain, shape, engine.base.null(), [size], repeats=1)[size] for _ in range(times)]
 
 
 def _alone(engine: Engine, request: ImageRequest) -> float:
@@ -164,31 +205,34 @@ def ratio(rates: dict[str, list[float]], ours: str, theirs: str) -> float:
 def table(rates: dict[str, dict[str, list[float]]]) -> Table:
     out = Table(title="images/s at saturation, one core: median over seeds (least, most)", title_justify="left")
     out.add_column("workload")
-    for server in rates["w1"]:
+    for server in rates["w3"]:
         out.add_column(server, justify="right")
     for name, row in rates.items():
-        out.add_row(name, *(f"{np.median(r):.2f} ({min(r):.2f}, {max(r):.2f})" for r in row.values()))
+        found = (row.get(server) for server in rates["w3"])
+        out.add_row(name, *(f"{np.median(r):.2f} ({min(r):.2f}, {max(r):.2f})" if r else "" for r in found))
     return out
 
 
 def over_http(
-    base: Diffuser, arguments: argparse.Namespace, rate: float, folder: Path, cores: tuple[int, int]
-) -> tuple[dict, dict]:
-    """Overload, soak with promotions, and fuzzing; the server on the first core, the client on the last."""
-    connected, bundles = registered(base, folder)
-    settings: dict[str, Any] = {
-        "model": MODEL.model_dump(),
-        "encoders": {"style": "style@champion", "fixed": str(bundles[1])},
-        "poll_seconds": 1.0,
-        "runs": str(folder),
-        "engine": {"bucket": arguments.bucket or 8, "queue_seconds": 2.0},
-    }
-    os.sched_setaffinity(0, {cores[1]})
+    settings: dict[str, Any],
+    connected: Any,
+    arguments: argparse.Namespace,
+    guess: float,
+    folder: Path,
+    core: int,
+    details: dict[str, Any],
+) -> dict[str, float]:
+    """Overload, and a soak with promotions; the server on one core, the client here on another.
+
+    `guess` is the engine's saturation without HTTP; the server's own is what it answers when it gets far more.
+    """
     names, seconds = ("style", "fixed"), arguments.poisson_seconds
     figures: dict[str, float] = {}
-    details: dict[str, Any] = {}
-    with serving_http.server(settings, folder, cores[0]) as (url, process):
-        asyncio.run(serving_http.load(url, bodies(12, 0, names), 2 * rate, 0))  # warm
+    with serving_http.server(settings, folder, core) as (url, process):
+        asyncio.run(serving_http.load(url, bodies(12, 0, names), 2 * guess, 0))  # warm
+        number = int(3 * guess * seconds / 2) + 8
+        full = asyncio.run(serving_http.load(url, bodies(number, 3, names), 3 * guess, 3))
+        figures["http_images_per_second"] = rate = full.rate(seconds / 8, seconds / 2)
 
         def drive(part: float, seed: int, seconds: float) -> serving_http.Answers:
             number = max(8, int(part * rate * seconds))
@@ -199,7 +243,10 @@ def over_http(
         figures["overload_p95_ratio"] = crowd.p95 / calm.p95
         figures["overload_5xx"] = crowd.failures
         figures["overload_rss_growth"] = serving_http.resident_mib(process) / before - 1
-        details["overload"] = {"calm": vars(calm), "crowd": vars(crowd)}
+        details["overload"] = {
+            name: {"statuses": dict(found.statuses), "p95": found.p95, "latencies": found.latencies}
+            for name, found in (("calm", calm), ("crowd", crowd))
+        }
 
         # The soak, in ten parts; after each the alias moves to the other version, while requests are in flight.
         soak, memory, promoted, failed = serving_http.Answers(), [], 0, 0
@@ -218,9 +265,7 @@ def over_http(
         figures["soak_rss_growth"] = memory[-1] / memory[len(memory) // 4] - 1
         figures["promotion_failures"] = failed + (parts - promoted)
         details["soak"] = {"mib": memory, "statuses": dict(soak.statuses), "promotions": promoted, "p95": soak.p95}
-    figures |= fuzz(settings, folder, cores[0], arguments.fuzz_examples, details)
-    os.sched_setaffinity(0, set(cores))
-    return figures, details
+    return figures
 
 
 def bodies(number: int, seed: int, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -250,7 +295,8 @@ def fuzz(settings: dict[str, Any], folder: Path, core: int, examples: int, detai
     with serving_http.server(small, folder, core) as (url, _):
         command = [str(Path(sys.executable).parent / "schemathesis"), "run", f"{url}/openapi.json"]
         command += ["--max-examples", str(examples), "--checks", "not_a_server_error", "--request-timeout", "60"]
-        command += ["--continue-on-failure", "--report", "ndjson", "--report-ndjson-path", str(report)]
+        command += ["--max-time", "360", "--continue-on-failure"]
+        command += ["--report", "ndjson", "--report-ndjson-path", str(report)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
         counted = statuses_of(serving_http.httpx.get(f"{url}/metrics").text)
     details["fuzz"] = {"statuses": counted, "exit": done.returncode, "output": done.stdout[-3000:]}
@@ -273,8 +319,8 @@ def statuses_of(metrics: str) -> dict[str, float]:
     return found
 
 
-def recovery(folder: Path) -> float:
-    """Seconds from killing Ray Serve's only replica to the next image."""
+def recovery(folder: Path, clients: int = 4) -> dict[str, float]:
+    """Killing Ray Serve's only replica under load: seconds to the next image, and errors of more than was in flight."""
     from craftor.cluster import ray_session
 
     with ray_session(num_workers=1):
@@ -287,25 +333,40 @@ def recovery(folder: Path) -> float:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         start(Serving.model_validate({"model": MODEL.model_dump(), "http": {"port": port}, "runs": str(folder)}))
-        ask = {"prompt": "a red star", "steps": 4}
+        url, ask = f"http://127.0.0.1:{port}/v1/images/generations", {"prompt": "a red star", "steps": 4}
+        answers: list[bool] = []
+        enough = threading.Event()
 
-        def answered() -> bool:
+        def answered(timeout: float) -> bool:
             try:
-                url = f"http://127.0.0.1:{port}/v1/images/generations"
-                return serving_http.httpx.post(url, json=ask, timeout=5).status_code == 200
+                return serving_http.httpx.post(url, json=ask, timeout=timeout).status_code == 200
             except serving_http.httpx.TransportError:
                 return False
 
-        while not answered():
-            time.sleep(0.2)
+        def ask_on() -> None:
+            while not enough.is_set():
+                answers.append(answered(120))
+
+        def first_image() -> float:
+            began = time.perf_counter()
+            while not answered(5):
+                time.sleep(0.2)
+            return time.perf_counter() - began
+
+        first_image()
+        crowd = [threading.Thread(target=ask_on) for _ in range(clients)]
+        for thread in crowd:
+            thread.start()
+        time.sleep(5)
         (replica,) = replicas()
         replica.kill()
-        began = time.perf_counter()
-        while not answered():
-            time.sleep(0.2)
-        seconds = time.perf_counter() - began
+        seconds = first_image()
+        time.sleep(5)
+        enough.set()
+        for thread in crowd:
+            thread.join()
         serve.shutdown()
-    return seconds
+    return {"recovery_seconds": seconds, "recovery_errors": float(max(0, answers.count(False) - clients))}
 
 
 def noisy_encoder(base: Diffuser, seed: int) -> Encoder:

@@ -29,10 +29,16 @@ class Answers:
     statuses: Counter = field(default_factory=Counter)
     latencies: list[float] = field(default_factory=list, repr=False)
     """Of answers with images."""
+    ended: list[tuple[float, float]] = field(default_factory=list, repr=False)
+    """The same: when they came, in seconds from the start, and the request's share of the work of all, in requests."""
 
     @property
     def p95(self) -> float:
         return float(np.percentile(self.latencies, 95))
+
+    def rate(self, since: float, until: float) -> float:
+        """Images/s in a time, each counted by its work, for an overfull queue takes cheap ones in more often."""
+        return sum(work for at, work in self.ended if since <= at < until) / (until - since)
 
     @property
     def failures(self) -> int:
@@ -72,11 +78,13 @@ async def load(url: str, bodies: Sequence[dict[str, Any]], rate: float, seed: in
     """Poisson arrivals at `rate` a second, whatever becomes of the ones before."""
     drawn = np.random.default_rng(seed)
     arrivals = np.cumsum(drawn.exponential(1 / rate, len(bodies)))
+    work = np.array([body["steps"] * (1 + (body["guidance_scale"] > 1)) for body in bodies])
+    work = work / work.mean()
     answers, began = Answers(), time.perf_counter()
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
 
-        async def one(body: dict[str, Any], at: float) -> None:
+        async def one(body: dict[str, Any], at: float, work: float) -> None:
             await asyncio.sleep(max(0.0, at - (time.perf_counter() - began)))
             try:
                 status = (await client.post("/v1/images/generations", json=body)).status_code
@@ -85,9 +93,11 @@ async def load(url: str, bodies: Sequence[dict[str, Any]], rate: float, seed: in
                 return
             answers.statuses[status] += 1
             if status == 200:
-                answers.latencies.append(time.perf_counter() - began - at)
+                now = time.perf_counter() - began
+                answers.latencies.append(now - at)
+                answers.ended.append((now, work))
 
-        await asyncio.gather(*(one(body, at) for body, at in zip(bodies, arrivals, strict=True)))
+        await asyncio.gather(*(one(*its) for its in zip(bodies, arrivals, work, strict=True)))
     return answers
 
 

@@ -2,12 +2,14 @@
 
 Servers are compared inside one process pinned to one core, without HTTP, which would add the same noise to each:
 `Continuous`, the engine; `Grouped`, the procedure of Ray Serve's `@serve.batch` (take what waits, up to a size, after
-10 ms; run each group of equal parameters to its end), without the hops between Ray's processes that it also costs;
-`Serial`, one request at a time, as a FastAPI route around a pipeline behind a lock. The last two call diffusers' own
-pipeline, wholly in the engine's precision, with embeddings that are encoded per request, in a batch where they can be.
+10 ms; run each group of equal parameters to its end), without the hops between Ray's processes that it also costs, and
+with each group answered when it is done rather than with its batch; of size 1 it is one request at a time, a FastAPI
+route around a pipeline behind a lock. `Grouped` calls diffusers' own pipeline, wholly in the engine's precision, with
+embeddings that are encoded per request, in a batch where they can be.
 """
 
 import copy
+import math
 import queue
 import threading
 import time
@@ -73,6 +75,9 @@ class Server(Protocol):
     name: str
 
     def submit(self, request: ImageRequest) -> Future: ...
+    def began(self, future: Future) -> float:
+        """When its first denoising step did, by `time.monotonic()`."""
+
     def cancel(self, future: Future) -> None: ...
     def stop(self) -> None: ...
 
@@ -90,6 +95,9 @@ class Continuous:
         (row,) = self.engine.submit([request])
         self._rows[row.done] = row
         return row.done
+
+    def began(self, future: Future) -> float:
+        return self._rows[future].started or math.nan
 
     def cancel(self, future: Future) -> None:
         self.engine.cancel([self._rows[future]])
@@ -115,6 +123,7 @@ class Grouped:
         ).to(base.precision)
         self._pipeline.set_progress_bar_config(disable=True)
         self._queue: queue.SimpleQueue[tuple[ImageRequest, Future] | None] = queue.SimpleQueue()
+        self._began: dict[Future, float] = {}
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -122,6 +131,9 @@ class Grouped:
         done: Future = Future()
         self._queue.put((request, done))
         return done
+
+    def began(self, future: Future) -> float:
+        return self._began[future]
 
     def cancel(self, future: Future) -> None:
         """What has not begun is dropped; what has goes on, as in `serve.batch`."""
@@ -149,6 +161,7 @@ class Grouped:
                     mixture = tuple((share.encoder.sha256, share.weight) for share in request.shares)
                     groups.setdefault((request.num_steps, request.guidance_scale, mixture), []).append((request, done))
             for group in groups.values():
+                self._began |= dict.fromkeys((done for _, done in group), time.monotonic())
                 for (_, done), image in zip(group, self._images([request for request, _ in group]), strict=True):
                     done.set_result(image)
 
@@ -177,14 +190,10 @@ class Grouped:
 class Outcome:
     """What one run of a workload came to."""
 
-    seconds: float
-    """From the first arrival to the last image."""
+    rate: float
+    """Images/s while requests wait."""
     latencies: np.ndarray = field(repr=False)
     """Of finished images, in order of arrival."""
-
-    @property
-    def rate(self) -> float:
-        return len(self.latencies) / self.seconds
 
 
 def run(server: Server, asks: Sequence[Ask], *, rate: float | None, horizon: float, seed: int) -> Outcome:
@@ -195,17 +204,17 @@ def run(server: Server, asks: Sequence[Ask], *, rate: float | None, horizon: flo
     drawn = np.random.default_rng(seed)
     arrivals = np.cumsum(drawn.exponential(1 / rate, len(asks))) if rate else np.zeros(len(asks))
     arrivals = arrivals + np.array([ask.burst for ask in asks]) * horizon
-    finished = np.full(len(asks), np.nan)
+    ended = np.full(len(asks), np.nan)
     futures: list[Future] = []
     timers: list[threading.Timer] = []
-    began = time.perf_counter()
+    start = time.monotonic()
 
     def note(index: int, future: Future) -> None:
         if not future.cancelled() and future.exception() is None:
-            finished[index] = time.perf_counter() - began
+            ended[index] = time.monotonic() - start
 
     for index, (ask, at) in enumerate(zip(asks, arrivals, strict=True)):
-        if (pause := at - (time.perf_counter() - began)) > 0:
+        if (pause := at - (time.monotonic() - start)) > 0:
             time.sleep(pause)
         future = server.submit(ask.request)
         future.add_done_callback(lambda f, index=index: note(index, f))
@@ -214,8 +223,24 @@ def run(server: Server, asks: Sequence[Ask], *, rate: float | None, horizon: flo
             timers.append(threading.Timer(ask.hangs_up * horizon, server.cancel, [future]))
             timers[-1].start()
     wait(futures)
-    seconds = time.perf_counter() - began
     for timer in timers:
         timer.cancel()
-    done = ~np.isnan(finished)
-    return Outcome(seconds, (finished - arrivals)[done])
+    done = np.flatnonzero(~np.isnan(ended))
+    began = np.array([server.began(futures[i]) - start for i in done])
+    return Outcome(saturated(work(asks)[done], began, ended[done]), (ended - arrivals)[done])
+
+
+def work(asks: Sequence[Ask]) -> np.ndarray:
+    """Of each request: its denoising steps, twice under guidance."""
+    return np.array([ask.request.num_steps * ask.request.slots for ask in asks], dtype=float)
+
+
+def saturated(work: np.ndarray, began: np.ndarray, ended: np.ndarray) -> float:
+    """Images/s from the start until the last request begins, so while there is always one more to take in.
+
+    What is under way then counts by the part of its time that has passed, and an image by its work, of which the mean
+    is one image: a server that runs several at once has done the short ones first by then.
+    """
+    last = began.max()
+    part = np.clip((last - began) / (ended - began), 0, 1)
+    return float((part * work).sum() / work.mean() / last)

@@ -41,7 +41,8 @@ def advance(unet: Guided, rows: Sequence[Row], bucket: int, controlnet: ControlN
 
     latents = torch.stack([row.latents for row in rows])
     condition = _stack(
-        [p.condition for p in prompts] + [prompts[i].null for i in guided] + [prompts[0].condition] * padding
+        [p.condition for p in prompts] + [prompts[i].null for i in guided] + [prompts[0].condition] * padding,
+        unet.precision,
     )
     steps = [row.schedule[row.index] for row in rows]
     timesteps = torch.tensor([steps[i].timestep for i in slots], device=latents.device)
@@ -76,8 +77,10 @@ def advance(unet: Guided, rows: Sequence[Row], bucket: int, controlnet: ControlN
     return seconds
 
 
-def _stack(conditions: Sequence[Condition]) -> Condition:
-    return Condition(*(torch.cat(tensors) for tensors in zip(*(c.tensors for c in conditions), strict=True)))
+def _stack(conditions: Sequence[Condition], precision: torch.dtype) -> Condition:
+    """In the UNet's precision: autocast would round the same embeddings anew, to the same bits, in every attention."""
+    together = Condition(*(torch.cat(tensors) for tensors in zip(*(c.tensors for c in conditions), strict=True)))
+    return replace(together, embeds=together.embeds.to(precision))
 
 
 def _column(numbers: Sequence[float], like: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Latents -> pictures in a thread of their own, so that no denoising step waits for the decoder.
 
 Pictures are decoded one at a time: a decoder fills a device by itself (on CPUs a batch is no faster), a preview never
-waits behind a batch, and a picture's bits depend on nothing else in flight.
+waits behind a batch, and a picture's bits depend on nothing else in flight. Where the UNet computes in bfloat16 the
+decoder does so too, as a pipeline of that precision; float16 is too narrow for many a decoder, so there it is float32.
 """
 
 import queue
@@ -9,7 +10,7 @@ import threading
 from collections.abc import Callable
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderTiny
 from jaxtyping import Float
 from torch import Tensor
 
@@ -23,8 +24,9 @@ Preview = Callable[[Float[Tensor, "c h w"]], Float[Tensor, "3 H W"]]
 class Decoder:
     """`finish` and `preview` return at once; results go to the row's future and listener, on the CPU in [0, 1]."""
 
-    def __init__(self, vae: AutoencoderKL | AutoencoderTiny, preview: Preview, finished: Callable[[Row], None]) -> None:
-        self._vae, self._preview, self._finished = vae, preview, finished
+    def __init__(self, base: Diffuser, preview: Preview, finished: Callable[[Row], None]) -> None:
+        self._vae, self._preview, self._finished = base.vae, preview, finished
+        self._device, self._reduced = base.device.type, base.precision == torch.bfloat16
         self._queue: queue.SimpleQueue[tuple[Row, Tensor, bool, int] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="craftor-decoder", daemon=True)
         self._thread.start()
@@ -51,7 +53,7 @@ class Decoder:
                 continue
             try:
                 with torch.inference_mode():
-                    image = decode(self._vae, latents[None])[0] if last else self._preview(latents)
+                    image = self._picture(latents) if last else self._preview(latents)
             except BaseException as error:
                 row.fail(error)  # nobody waits for ever; the thread ends, and with it the engine
                 raise
@@ -60,6 +62,10 @@ class Decoder:
                 row.listener(index, image)
             elif last and row.finish(image):
                 self._finished(row)
+
+    def _picture(self, latents: Float[Tensor, "c h w"]) -> Float[Tensor, "3 H W"]:
+        with torch.autocast(self._device, torch.bfloat16, enabled=self._reduced):
+            return decode(self._vae, latents[None])[0].float()
 
 
 def previewer(base: Diffuser, latents: Float[Tensor, "b c h w"]) -> Preview:

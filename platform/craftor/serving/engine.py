@@ -54,7 +54,7 @@ class Engine:
         self._stopping = False
         self._thread: threading.Thread | None = None
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="craftor-encoder")
-        self._decoder = Decoder(base.vae, previewer(base, self._sample_latents()), self._ended)
+        self._decoder = Decoder(base, previewer(base, self._sample_latents()), self._ended)
 
     # --- from any thread
 
