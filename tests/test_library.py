@@ -147,4 +147,6 @@ def test_a_share_of_the_callers_get_the_canary_always_the_same_ones(registry: Re
     got = {caller: library.find("style", caller).version for caller in map(str, range(400))}
     assert 60 < sum(version is None for version in got.values()) < 140
     assert all(library.find("style", caller).version == version for caller, version in got.items())
+    assert all(library.find("style@champion", caller).version == version for caller, version in got.items())
     assert library.find("style#canary").version is None
+    assert {library.find("style/1", caller).version for caller in got} == {"1"}, "who names a version gets it"

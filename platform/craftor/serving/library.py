@@ -70,13 +70,14 @@ class Library:
     def find(self, name: str, caller: str = "") -> Encoder:
         """By the name it is served under, its source (`style@champion`), or the version it has now (`style/3`).
 
-        Of a name with a canary, `caller` decides which version: always the same for the same caller.
+        Of a name with a canary, or its source, `caller` decides which version: always the same for the same caller.
         """
         table = self._table
-        if name in table:
-            return table[name + CANARY if _draw(name, caller) < self._shares.get(name, 0.0) else name]
-        for served, encoder in table.items():
-            if name in (self.sources[served], f"{encoder.name}/{encoder.version}"):
+        served = name if name in table else next((one for one in table if self.sources[one] == name), None)
+        if served is not None:
+            return table[served + CANARY if _draw(served, caller) < self._shares.get(served, 0.0) else served]
+        for encoder in table.values():
+            if name == f"{encoder.name}/{encoder.version}":
                 return encoder
         raise NotServed(f"no encoder {name!r} is served here; there are: {', '.join(table) or 'none'}")
 
