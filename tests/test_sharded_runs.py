@@ -33,6 +33,7 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_run_in_shards_goes_on_with_fewer_workers_and_is_validated(folder: Path) -> None:
     """To the weights of one that was never sharded nor stopped; what validation found is in files and in MLflow."""
