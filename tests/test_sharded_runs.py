@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 from conftest import write_tiny_recipe
 from craftor import checkpoint, job, ledger, tracking, validation
 from craftor.fit import METRICS
-from craftor.recipe import RecipeError, load
+from craftor.recipe import load
 from craftor.run_files import notes
 from craftor.sharded_checkpoint import SHARDS
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 
 PROMPTS = ("a small red star", "a large blue ring", "a large red star")
 WHOLE = {"task.train": {"unet": {}}, "optimizer.cosine_from": 1.0, "run.checkpoint_every": 2, "register": None}
@@ -32,8 +34,6 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     return load_file(last / "unet" / "diffusion_pytorch_model.safetensors")
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("cluster")
 def test_a_run_in_shards_goes_on_with_fewer_workers_and_is_validated(folder: Path) -> None:
     """To the weights of one that was never sharded nor stopped; what validation found is in files and in MLflow."""
     recipe = folder / "tiny.toml"
@@ -72,17 +72,3 @@ def test_a_run_in_shards_goes_on_with_fewer_workers_and_is_validated(folder: Pat
     assert {(point.step, point.value) for point in history} == {
         (line["step"], line["metrics"]["total"]["tuned"]) for line in found
     }
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({}, "workers.num = 0, and nothing runs beside it"),
-        ({"workers.num": 1, "validation.num_prompts": 1}, "validation.num_prompts"),
-        ({"workers.num": 1, "task.kind": "denoising"}, "task"),
-    ],
-    ids=str,
-)
-def test_a_validation_that_cannot_be_is_refused(folder: Path, changes: dict, expected: str) -> None:
-    with pytest.raises(RecipeError, match=expected):
-        load(folder / "tiny.toml", {"validation.prompts": str(folder / "held_out.jsonl"), **changes})

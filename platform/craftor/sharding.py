@@ -30,9 +30,12 @@ def shard(task: Task, device: torch.device) -> nn.ModuleDict:
 
     Returns a copy of what trains that has its structure and no weights: to write what the shards make together.
     """
+    parts = dict.fromkeys([*task.module.values(), task.diffuser.unet])
+    for part in parts:
+        part.to(memory_format=torch.contiguous_format)  # no other can be sharded
     blank = nn.ModuleDict({name: _blank(part) for name, part in task.module.items()})
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    for part in dict.fromkeys([*task.module.values(), task.diffuser.unet]):
+    for part in parts:
         for module in [*(m for m in part.modules() if isinstance(m, BLOCKS)), part]:
             # The outermost too: what an optimiser step has changed is never read from before it.
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
