@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
 
-from craftor import checkpoint, job, ledger
+from craftor import checkpoint, fit, job, ledger
 from craftor.cluster import TooFewResources, await_workers
+from craftor.interruption import Listener, Next, heeding_sigterm
 from craftor.recipe import Workers, load
 from watched_runs import assert_close, lines, long_epochs
 
@@ -101,6 +103,21 @@ def test_too_small_a_cluster_is_waited_for_then_refused(cluster: None, capsys: p
     with pytest.raises(TooFewResources, match=r"wants 64 CPUs at least; the cluster has \d+ after 1 s"):
         await_workers(Workers(num=64, timeout_s=1))
     assert "waiting for 64 CPUs" in capsys.readouterr().out
+
+
+def test_a_lost_ear_hears_no_request(cluster: None) -> None:
+    with heeding_sigterm(processes=1) as (request, _):
+        ear = Listener(request)
+        assert ear.heard() < Next.SAVE_AND_END
+        ray.kill(request)
+        assert ray.wait([ear.request], timeout=20)[0]
+        assert ear.heard() < Next.SAVE_AND_END
+
+
+def test_a_run_that_ends_early_is_not_done(tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "_train", lambda *_: None)
+    with pytest.raises(fit.TrainingStopped, match=r"nobody had asked them to; step 0 of 24 is saved.*--resume"):
+        fit.fit(load(tiny_recipe), tmp_path, tmp_path / "rows", 8)
 
 
 @pytest.mark.slow

@@ -79,8 +79,8 @@ def fit(recipe: Recipe, run_dir: Path, rows: Path | str, num_rows: int, trial: d
         except TrainingFailedError:
             if not (run_dir / FAILURE).exists():
                 raise
-        if sigterm.came and not (run_dir / FAILURE).exists():
-            _raise_if_unfinished(recipe, run_dir)
+        if not (run_dir / FAILURE).exists():
+            _raise_if_unfinished(recipe, run_dir, sigterm.came)
     if (run_dir / FAILURE).exists():
         raise TrainingStopped(json.loads((run_dir / FAILURE).read_text())["message"])
     return _final_checkpoint(run_dir)
@@ -91,14 +91,15 @@ def _rewards(recipe: Recipe) -> dict[str, Reward]:
     return {name: reward for name, reward in rewards.items() if reward.in_training}
 
 
-def _raise_if_unfinished(recipe: Recipe, run_dir: Path) -> None:
+def _raise_if_unfinished(recipe: Recipe, run_dir: Path, asked: bool) -> None:
     last = checkpoint.latest(run_dir)
     step = 0 if last is None else checkpoint.step_of(last)
     if step < recipe.run.num_steps and watch.ended(run_dir) is None:
-        raise Interrupted(
-            f"stopped by SIGTERM; step {step} of {recipe.run.num_steps} is saved. Go on with: "
-            f"craftor train --resume {recipe.run.storage or run_dir}"
-        )
+        saved = f"step {step} of {recipe.run.num_steps} is saved. Go on with: "
+        again = f"craftor train --resume {recipe.run.storage or run_dir}"
+        if asked:
+            raise Interrupted(f"stopped by SIGTERM; {saved}{again}")
+        raise TrainingStopped(f"the workers ended though nobody had asked them to; {saved}{again}")
 
 
 def _train(

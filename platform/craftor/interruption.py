@@ -16,6 +16,8 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.exceptions import RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 ASK_EVERY_SECONDS = 1.0
 """Asking Ray Train about preemption is a call to an actor that all workers make together."""
@@ -68,7 +70,7 @@ def heeding_sigterm(processes: int) -> Iterator[tuple[Any, Sigterm]]:
     heeded.
     """
     seen = Sigterm()
-    actor = ray.remote(StopRequest).options(num_cpus=0).remote() if processes else None
+    actor = _on_this_node(StopRequest) if processes else None
     if threading.current_thread() is not threading.main_thread():
         yield actor or seen, seen
         return
@@ -90,6 +92,12 @@ def heeding_sigterm(processes: int) -> Iterator[tuple[Any, Sigterm]]:
             ray.kill(actor)
 
 
+def _on_this_node(actor: type) -> Any:
+    """Any other may go, and training goes on without it."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(actor).options(num_cpus=0, scheduling_strategy=here).remote()
+
+
 class Listener:
     """Worker 0's ear."""
 
@@ -106,7 +114,15 @@ class Listener:
         return Next.ASK
 
     def _came(self) -> bool:
-        return self.request.came if isinstance(self.request, Sigterm) else bool(ray.wait([self.request], timeout=0)[0])
+        if isinstance(self.request, Sigterm):
+            return self.request.came
+        if not ray.wait([self.request], timeout=0)[0]:
+            return False
+        try:
+            ray.get(self.request)
+        except RayActorError:  # whoever would have asked is gone: that is no request
+            return False
+        return True
 
 
 class Preemptions:
