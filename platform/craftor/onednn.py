@@ -1,8 +1,8 @@
 """Linear layers of a CPU's UNet through oneDNN, whose matrix products use AVX-512 on every maker's processors.
 
-PyTorch's own go through MKL, which on AMD processors runs at half the speed (measured: 100 against 210 GFLOP/s on an
-EPYC), and so do 1x1 convolutions of small batches. Same numbers to rounding, forth and back; what oneDNN would slow
-down (small products), and what it is not asked for here (other precisions, devices, compiled code), stays PyTorch's.
+PyTorch's own go through MKL, which on AMD processors runs at about half the speed, and so do 1x1 convolutions of small
+batches. Same numbers to rounding, forth and back; what oneDNN would slow down (small products), and what it is not
+asked for here (other precisions, devices, compiled code), stays PyTorch's.
 """
 
 import math
