@@ -7,19 +7,21 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 
-def set_attention(unet: UNet2DConditionModel, choice: str, device: torch.device) -> str:
-    """Set a UNet's attention and return its name; `auto` is xformers where it can run, else sdpa, on CPU eager.
+def set_attention(unet: UNet2DConditionModel, choice: str, device: torch.device, *, reduced: bool = False) -> str:
+    """Set a UNet's attention and return its name; `auto` is xformers where it can run, else sdpa.
+
+    In `reduced` precision on CPU `auto` is eager: the fused kernel's backward is slow there.
 
     Raises ValueError saying why when xformers is asked for where it cannot run.
     """
     if choice == "auto":
-        choice = "eager" if device.type == "cpu" else "sdpa" if xformers_obstacle(unet, device) else "xformers"
+        on_cpu = "eager" if reduced else "sdpa"
+        choice = on_cpu if device.type == "cpu" else "sdpa" if xformers_obstacle(unet, device) else "xformers"
     if choice == "xformers":
         if obstacle := xformers_obstacle(unet, device):
             raise ValueError(f'model.attention = "xformers": {obstacle}; allowed here: auto, sdpa, eager')
         unet.enable_xformers_memory_efficient_attention()
     else:
-        # On CPU the batched-matmul attention is faster in both directions than the fused kernel at small sizes.
         unet.set_attn_processor(AttnProcessor() if choice == "eager" else AttnProcessor2_0())
     return choice
 

@@ -100,7 +100,7 @@ def assemble(diffuser: Diffuser, folder: Path) -> Customizer:
     encoder = object_condition.load(folder / object_condition.FOLDER, tokens, diffuser.device)
     tuned = any((folder / name).is_dir() for name in ("unet", trainable.LORA_FOLDER))
     unet: Any = trainable.load(diffuser, folder)["unet"] if tuned else copy.deepcopy(diffuser.unet)
-    set_attention(unet, "auto", diffuser.device)
+    set_attention(unet, "auto", diffuser.device, reduced=diffuser.precision != torch.float32)
     object_adapter.install(unet, state, eager=diffuser.device.type == "cpu")
     return Customizer(diffuser, freeze(unet), encoder)
 

@@ -130,7 +130,7 @@ def load(model: Model, device: torch.device | str = "cpu") -> Diffuser:
     tokenizers = {name: getattr(pipeline, name.replace("text_encoder", "tokenizer")) for name in encoders}
     for part in (*encoders.values(), pipeline.unet, pipeline.vae):
         freeze(part).to(device)
-    set_attention(pipeline.unet, model.attention, device)
+    set_attention(pipeline.unet, model.attention, device, reduced=model.precision != "fp32")
     if device.type == "cpu":
         use_onednn(pipeline.unet)
     channels_last = model.channels_last

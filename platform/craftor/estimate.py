@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from craftor.devices import Device
@@ -31,6 +31,14 @@ NETWORK_BYTES = 12.5e9
 """Per second between nodes: 100 Gbit/s."""
 SAMPLES_DRAWN = 64
 """Windows that are drawn at random are averaged over so many samples."""
+
+ATTENTION_FLOPS: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda gradient, q, k, v, *_, **__: (
+        sdpa_backward_flop_count(gradient, q, k, v)
+    ),
+}
+"""torch's counter knows the fused kernels of GPUs alone."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +229,7 @@ class Whole:
 
 def counting() -> FlopCounterMode:
     """A counter of all operations in its block, whatever module they are in."""
-    counter: Any = FlopCounterMode(display=False, custom_mapping=FLOPS)
+    counter: Any = FlopCounterMode(display=False, custom_mapping={**FLOPS, **ATTENTION_FLOPS})
     counter.mod_tracker = Whole()
     return counter
 

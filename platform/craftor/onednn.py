@@ -1,8 +1,8 @@
 """Linear layers of a CPU's UNet through oneDNN, whose matrix products use AVX-512 on every maker's processors.
 
-PyTorch's own go through MKL, which on AMD processors runs at half the speed (measured: 100 against 210 GFLOP/s on an
-EPYC), and so do 1x1 convolutions of small batches. Same numbers to rounding, forth and back; what oneDNN would slow
-down (small products), and what it is not asked for here (other precisions, devices, compiled code), stays PyTorch's.
+PyTorch's own go through MKL, which on AMD processors runs at about half the speed, and so do 1x1 convolutions of small
+batches. Same numbers to rounding, forth and back; what oneDNN would slow down (small products), and what it is not
+asked for here (other precisions, devices, compiled code), stays PyTorch's.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-SMALL = 2_000_000
+SMALL = 3_000_000
 """Multiplications below which a call costs more than it saves."""
 
 
@@ -40,7 +40,7 @@ class Linear(nn.Linear):
     def forward(self, rows: Tensor) -> Tensor:
         if not _gains(rows, self.out_features):
             return F.linear(rows, self.weight, self.bias)
-        return _Product.apply(rows, self.weight, self.bias)
+        return _product(rows, self.weight, self.bias)
 
 
 class Pointwise(nn.Conv2d):
@@ -49,8 +49,7 @@ class Pointwise(nn.Conv2d):
     def forward(self, images: Tensor) -> Tensor:
         if not _gains(images, self.out_channels):
             return super().forward(images)
-        product = _Product.apply(images.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)
-        return product.permute(0, 3, 1, 2)
+        return _product(images.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 def _gains(rows: Tensor, num_outputs: int) -> bool:
@@ -63,9 +62,17 @@ def _gains(rows: Tensor, num_outputs: int) -> bool:
     )
 
 
+_KERNEL = torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_available() else None
+_CALL = _KERNEL.default if _KERNEL else None
+
+
 def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`rows @ weight.T + bias`."""
-    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return _CALL(rows, weight, bias, "none", [], "")
+
+
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return (_Product.apply if torch.is_grad_enabled() else _multiply)(rows, weight, bias)
 
 
 class _Product(torch.autograd.Function):
@@ -93,7 +100,5 @@ def _flops(rows: Sequence[int], weight: Sequence[int], *_: object, **_options: o
     return 2 * math.prod(rows) * weight[0]
 
 
-FLOPS: dict[Any, Callable[..., int]] = (
-    {torch.ops.mkldnn._linear_pointwise: _flops} if torch.backends.mkldnn.is_available() else {}
-)
+FLOPS: dict[Any, Callable[..., int]] = {_KERNEL: _flops} if _KERNEL else {}
 """For `torch.utils.flop_counter`, which does not know these products: operations by the shapes of their factors."""
