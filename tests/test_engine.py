@@ -249,6 +249,25 @@ def test_too_much_work_and_deadlines_are_refused_at_once_late_rows_in_the_queue(
     engine.stop()
 
 
+def test_a_deadline_counts_what_runs_and_what_waits(base: Diffuser) -> None:
+    """Slots for two: the third row begins when the shorter of the two before it ends, in the steps' measured time."""
+    engine = engine_of(base, bucket=2)
+    plain = {"guidance_scale": 1.0, "prompt": PROMPT}
+    before = engine.submit([ImageRequest(seed=i, num_steps=steps, **plain) for i, steps in enumerate((10, 4))])
+    encoded(before)
+    engine.step()
+    (lane,) = engine._lanes.values()
+    step = lane.seconds[2]
+    with pytest.raises(Rejected, match="the deadline is in") as refused:
+        engine.submit([ImageRequest(seed=3, num_steps=5, **plain)], deadline=7.9 * step)
+    assert refused.value.reason == "deadline", "3 steps until a slot is free, and 5 of its own"
+    third = engine.submit([ImageRequest(seed=3, num_steps=5, **plain)], deadline=60.0)
+    with pytest.raises(Rejected, match="the deadline is in"):
+        engine.submit([ImageRequest(seed=4, num_steps=1, guidance_scale=2.0, prompt=PROMPT)], deadline=9.9 * step)
+    engine.cancel([*before, *third])
+    engine.stop()
+
+
 def test_the_loop_runs_by_itself_and_a_failure_leaves_nobody_waiting(base: Diffuser, monkeypatch) -> None:  # noqa: ANN001
     engine = engine_of(base).start()
     image = engine.submit([ImageRequest(PROMPT, seed=1, num_steps=3)])[0].done.result(timeout=30)
