@@ -150,6 +150,19 @@ def test_a_request_has_the_same_bits_alone_and_in_a_crowd(base: Diffuser, strict
     assert not torch.equal(drain(strict, strict.submit([ImageRequest(PROMPT, seed=7, num_steps=7)]))[0], alone)
 
 
+def test_in_bfloat16_bits_are_as_strict_and_pictures_are_decoded_in_it(tiny: Path) -> None:
+    rounded = load(Model(path=str(tiny / "pipeline"), precision="bf16")).hold_rounded()
+    engine = engine_of(rounded, bucket=8)
+    request = ImageRequest(PROMPT, seed=7, shares=(Share(tuned(rounded, 1), 0.4, (800, 0)),), num_steps=5)
+    rows = engine.submit([request])
+    (alone,) = drain(engine, rows)
+    assert torch.equal(drain(engine, engine.submit([*various(rounded), request]))[-1], alone)
+    engine.stop()
+    exact = decode(rounded.vae, rows[0].latents[None])[0].clamp(0, 1)
+    assert alone.dtype == torch.float32 and not torch.equal(alone, exact)
+    torch.testing.assert_close(alone, exact, rtol=0, atol=0.03)
+
+
 def test_weight_zero_and_the_base_are_one(base: Diffuser, strict: Engine) -> None:
     plain = ImageRequest(PROMPT, seed=3, num_steps=4)
     nothing = ImageRequest(PROMPT, seed=3, num_steps=4, shares=(Share(tuned(base, 1), 0.0, (999, 0)),))
