@@ -154,6 +154,19 @@ def test_a_request_has_the_same_bits_alone_and_in_a_crowd(base: Diffuser, strict
     assert not torch.equal(drain(strict, strict.submit([ImageRequest(PROMPT, seed=7, num_steps=7)]))[0], alone)
 
 
+def test_in_bfloat16_bits_are_as_strict_and_pictures_are_decoded_in_it(tiny: Path) -> None:
+    rounded = load(Model(path=str(tiny / "pipeline"), precision="bf16")).hold_rounded()
+    engine = engine_of(rounded, bucket=8)
+    request = ImageRequest(PROMPT, seed=7, shares=(Share(tuned(rounded, 1), 0.4, (800, 0)),), num_steps=5)
+    rows = engine.submit([request])
+    (alone,) = drain(engine, rows)
+    assert torch.equal(drain(engine, engine.submit([*various(rounded), request]))[-1], alone)
+    engine.stop()
+    exact = decode(rounded.vae, rows[0].latents[None])[0].clamp(0, 1)
+    assert alone.dtype == torch.float32 and not torch.equal(alone, exact)
+    torch.testing.assert_close(alone, exact, rtol=0, atol=0.03)
+
+
 def test_weight_zero_and_the_base_are_one(base: Diffuser, strict: Engine) -> None:
     plain = ImageRequest(PROMPT, seed=3, num_steps=4)
     nothing = ImageRequest(PROMPT, seed=3, num_steps=4, shares=(Share(tuned(base, 1), 0.0, (999, 0)),))
@@ -250,6 +263,25 @@ def test_too_much_work_and_deadlines_are_refused_at_once_late_rows_in_the_queue(
     engine.step()
     with pytest.raises(Rejected, match="the deadline passed"):
         late.done.result()
+    engine.stop()
+
+
+def test_a_deadline_counts_what_runs_and_what_waits(base: Diffuser) -> None:
+    """Slots for two: the third row begins when the shorter of the two before it ends, in the steps' measured time."""
+    engine = engine_of(base, bucket=2)
+    plain = {"guidance_scale": 1.0, "prompt": PROMPT}
+    before = engine.submit([ImageRequest(seed=i, num_steps=steps, **plain) for i, steps in enumerate((10, 4))])
+    encoded(before)
+    engine.step()
+    (lane,) = engine._lanes.values()
+    step = lane.seconds[2]
+    with pytest.raises(Rejected, match="the deadline is in") as refused:
+        engine.submit([ImageRequest(seed=3, num_steps=5, **plain)], deadline=7.9 * step)
+    assert refused.value.reason == "deadline", "3 steps until a slot is free, and 5 of its own"
+    third = engine.submit([ImageRequest(seed=3, num_steps=5, **plain)], deadline=60.0)
+    with pytest.raises(Rejected, match="the deadline is in"):
+        engine.submit([ImageRequest(seed=4, num_steps=1, guidance_scale=2.0, prompt=PROMPT)], deadline=9.9 * step)
+    engine.cancel([*before, *third])
     engine.stop()
 
 

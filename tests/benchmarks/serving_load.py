@@ -25,9 +25,12 @@ from torch import Tensor
 
 from craftor.diffuser import Diffuser
 from craftor.embed import embed, mix
+from craftor.recipe import Model
 from craftor.serving.engine import Engine
 from craftor.serving.work import ImageRequest, Row, Share
 
+MODEL = Model(path="micro:base", precision="bf16")
+"""As models are served: this CPU multiplies bfloat16 twice as fast, which helps full calls more than small ones."""
 SUBJECTS = (
     "a small red star",
     "a large blue ring",

@@ -82,11 +82,11 @@ class Load:
     running: float
 
 
-def admit(load: Load, cost: float, latency: float, *, bound: float, deadline: float | None) -> None:
-    """Let work of so much cost in, which alone would take `latency` seconds, or raise Rejected.
+def admit(load: Load, cost: float, *, bound: float, expected: float = 0.0, deadline: float | None = None) -> None:
+    """Let work of so much cost in, or raise Rejected.
 
-    `bound` is how many seconds of work may wait; an idle engine takes a request of any size. `deadline` is seconds from
-    now: what cannot be done by then is refused while the client can still ask elsewhere.
+    `bound` is how many seconds of work may wait; an idle engine takes a request of any size. `expected` and `deadline`
+    are seconds from now: what will not be done by then is refused while the client can still ask elsewhere.
     """
     if load.waiting > 0 and load.waiting + cost > bound:
         raise Rejected(
@@ -94,10 +94,9 @@ def admit(load: Load, cost: float, latency: float, *, bound: float, deadline: fl
             load.waiting + cost - bound,
             "queue_full",
         )
-    expected = load.waiting + max(latency, cost)
     if deadline is not None and expected > deadline:
         raise Rejected(
-            f"done in {expected:.1f} s at the earliest, but the deadline is in {deadline:.1f} s",
+            f"done in about {expected:.1f} s, but the deadline is in {deadline:.1f} s",
             expected - deadline,
             "deadline",
         )

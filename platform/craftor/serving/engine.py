@@ -76,8 +76,8 @@ class Engine:
             row.listener = listener
             row.deadline = None if deadline is None else row.submitted + deadline
         with self._work:
-            cost, latency = sum(row.cost for row in rows), max(self.latency(request) for request in requests)
-            admit(self.load(), cost, latency, bound=self.settings.queue_seconds, deadline=deadline)
+            cost, expected = sum(row.cost for row in rows), 0.0 if deadline is None else self._done_in(rows)
+            admit(self.load(), cost, bound=self.settings.queue_seconds, expected=expected, deadline=deadline)
             for row in rows:
                 self._lane(row).waiting.push(row)
         for row in rows:
@@ -90,11 +90,7 @@ class Engine:
 
     def cost(self, request: ImageRequest) -> float:
         """Seconds of a full engine that a request takes: steps x slots x the time of a slot."""
-        return request.slots * self.latency(request) / self.capacity
-
-    def latency(self, request: ImageRequest) -> float:
-        """Seconds that a request takes in a full engine once it runs."""
-        return (request.num_steps - request.first_step) * self._step_seconds(request)
+        return (request.num_steps - request.first_step) * request.slots * self._step_seconds(request) / self.capacity
 
     def load(self) -> Load:
         """Work waiting and on its way."""
@@ -220,6 +216,12 @@ class Engine:
         noise = first_noise(request.seed, self._shape(request)).to(self.base.device)
         steps = begun_at(self._schedules[key], request.first_step)
         return Row(request, steps, noise, client, self.cost(request))
+
+    def _done_in(self, rows: Sequence[Row]) -> float:
+        """Seconds until the last of these new rows is done, after all that is ahead of them; lanes take turns."""
+        lane = self._lane(rows[0])  # a request's images are of one size
+        others = sum(bool(other.running or len(other.waiting)) for other in self._lanes.values() if other is not lane)
+        return lane.done_in(rows, self.capacity, (1 + others) * lane.seconds[self.capacity])
 
     def _shape(self, request: ImageRequest) -> Shape:
         if request.size is None:

@@ -1,5 +1,7 @@
 """Rows of one latent shape, which can share UNet calls: those that wait, and those on their way."""
 
+import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from craftor.denoise import Guided
@@ -25,6 +27,13 @@ class Lane:
     def busy(self) -> bool:
         return bool(self.running) or any(row.encoded for row in self.waiting)
 
+    def done_in(self, rows: Sequence[Row], capacity: int, seconds: float) -> float:
+        """Seconds until these rows are done if they wait after all others, and a step takes so many."""
+        free = [0.0] * capacity
+        for row in (*self.running, *self.waiting):
+            _occupy(free, row, seconds)
+        return max(_occupy(free, row, seconds) for row in rows)
+
     def clear(self, now: float) -> list[Row]:
         """Let go of cancelled rows, and of waiting ones whose deadline has passed; returns the latter."""
         late = [r for r in self.waiting if r.deadline is not None and now > r.deadline and not r.cancelled]
@@ -44,3 +53,11 @@ class Lane:
             self.running.append(row)
             joined.append(row)
         return joined, "full"
+
+
+def _occupy(free: list[float], row: Row, seconds: float) -> float:
+    """Give a row those slots that are free first, of a heap of when each is; returns when it is done."""
+    done = max(heapq.heappop(free) for _ in range(row.request.slots)) + row.remaining * seconds
+    for _ in range(row.request.slots):
+        heapq.heappush(free, done)
+    return done
