@@ -129,10 +129,7 @@ def start(settings: Serving) -> None:
 
 
 def serve_for_ever(settings: Serving) -> None:
-    """What `craftor serve` does: a local Ray, or that of `RAY_ADDRESS`, until interrupted or told to end (SIGTERM).
-
-    Requests in flight are answered first.
-    """
+    """What `craftor serve` does: a local Ray, or that of `RAY_ADDRESS`, until interrupted or told to end (SIGTERM)."""
     with ray_session(num_workers=int(settings.replicas.max * settings.replicas.num_cpus)):
         start(settings)
         http = settings.http
@@ -144,7 +141,6 @@ def serve_for_ever(settings: Serving) -> None:
         signal.signal(signal.SIGTERM, lambda *_: told.set())
         with suppress(KeyboardInterrupt):
             told.wait()
-        serve.delete(APP)  # `shutdown` alone would end the proxies before the answers
         serve.shutdown()
 
 
