@@ -21,8 +21,12 @@ from craftor.tasks import build
 from craftor.updates import drift, update_average
 
 CASES = {
-    "both": {"task.train.unet.method": "full", "task.train.text_encoder.method": "full", "run.micro_batch": 1},
-    "chain": {"task.train.unet.method": "full", "task.window": {"start": 1, "stop": 3, "recompute": 1}},
+    "both": {
+        "task.train.unet.method": "full",
+        "task.train.text_encoder.method": "full",
+        "task.window": {"start": 1, "stop": 3, "recompute": 1},
+        "run.micro_batch": 1,
+    },
     "xl": {
         "model.path": "sdxl",
         "task.train.text_encoder.method": "full",

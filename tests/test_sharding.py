@@ -39,7 +39,8 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
             found[name], expected[name], rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
     for moment in MOMENTS:
-        there, here = (torch.cat([v.flatten() for n, v in f.items() if n.endswith(moment)]) for f in (found, expected))
+        names = sorted(name for name in expected if name.endswith(moment))
+        there, here = (torch.cat([figures[name].flatten() for name in names]) for figures in (found, expected))
         assert (there - here).norm() < 1e-5 * here.norm()
 
 
