@@ -65,6 +65,11 @@ bench-train: .venv/.dev
 	PYTHONPATH=tests:runs/bench/trl $(BIN)/python -W ignore -m benchmarks.train
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.markdown train
 
+# On a GPU, where one is to be had: shapes of Stable Diffusion 1.5 and of the public reward models, random weights.
+.PHONY: bench-gpu
+bench-gpu: .venv/.dev
+	PYTHONPATH=tests $(BIN)/python -W ignore -m benchmarks.gpu
+
 bench-rewards: .venv/.dev
 	PYTHONPATH=tests $(BIN)/python -W ignore -m benchmarks.rewards
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.markdown rewards

@@ -62,7 +62,7 @@ def _gains(rows: Tensor, num_outputs: int) -> bool:
     )
 
 
-_KERNEL = torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_available() else None
+_KERNEL: Any = torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_available() else None
 _CALL: Any = _KERNEL.default if _KERNEL else None
 
 

@@ -42,7 +42,8 @@ def main() -> None:
     hush()
     console = Console(width=120)
     peak = matrix_peak(device, 8192 if device.type == "cuda" else 512)
-    figures, details = {"matrix_peak_tflops": peak / 1e12}, {}
+    figures = {"matrix_peak_tflops": peak / 1e12}
+    details: dict[str, object] = {}
     with TemporaryDirectory() as folder:
         work = stable_diffusion(arguments.shape, arguments.batch_size, Path(folder))
         for tuned in TUNED:
