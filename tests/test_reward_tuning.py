@@ -74,6 +74,19 @@ def test_gradient_reaches_the_text_encoder_alone(task: RewardTuningTask) -> None
     assert all(gradient.isfinite().all() and gradient.abs().sum() > 0 for gradient in found.values())
 
 
+def test_frozen_parts_in_bf16_keep_the_gradients_direction(tiny_recipe: Path) -> None:
+    """Decoder and reward towers, each by its own key; what trains stays fp32."""
+    reduced = {"model.decoder_precision": "bf16", "task.rewards.clip.options": {"dtype": "bf16"}}
+    found = []
+    for changes in ({}, reduced):
+        task = RewardTuningTask(load(tiny_recipe, changes))
+        task.step(rows(task))
+        assert task.images is not None and task.images.dtype == torch.float32
+        found.append(torch.cat([gradient.flatten() for gradient in gradients(task).values()]))
+    assert torch.nn.functional.cosine_similarity(*found, dim=0) > 0.95
+    assert not torch.equal(*found)
+
+
 @pytest.mark.parametrize("null", ["tuned", "tuned_no_grad", "original"])
 def test_gradient_is_that_of_one_autograd_graph(tiny_recipe: Path, null: str) -> None:
     task = build(tiny_recipe, task__window={"last": 2, "null": null}, task__anchor=0.3)

@@ -140,6 +140,16 @@ def test_unknown_rewards_and_missing_weights_say_what_to_do(tmp_path):
         build("clip_score", tmp_path / "empty")
 
 
+def test_a_precision_goes_by_its_name_in_recipes(tmp_path, images):
+    torch.manual_seed(0)
+    clip = _save_clip(tmp_path)
+    full, reduced = (build("clip_score", clip, dtype=name)(images, PROMPTS) for name in ("fp32", "bf16"))
+    assert torch.equal(full, build("clip_score", clip)(images, PROMPTS))
+    assert torch.allclose(full, reduced, atol=0.02) and not torch.equal(full, reduced)
+    with pytest.raises(ValueError, match="reward 'clip_score': option dtype = 'int8'; allowed: fp32, bf16, fp16"):
+        build("clip_score", clip, dtype="int8")
+
+
 def test_a_head_must_fit_its_clip(tmp_path):
     _save_clip(tmp_path / "clip")
     Head([32, 1], "identity").save(tmp_path, clip="clip")

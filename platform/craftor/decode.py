@@ -1,13 +1,21 @@
 """Latents -> images in [0, 1], and back."""
 
+import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from jaxtyping import Float
 from torch import Tensor
 
 
-def decode(vae: AutoencoderKL | AutoencoderTiny, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
-    """Decode and clamp to [0, 1]; the gradient passes the clamp unchanged, so saturated pixels can recover."""
-    images = vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5
+def decode(
+    vae: AutoencoderKL | AutoencoderTiny, latents: Float[Tensor, "b c h w"], precision: torch.dtype = torch.float32
+) -> Float[Tensor, "b 3 H W"]:
+    """Decode and clamp to [0, 1]; the gradient passes the clamp unchanged, so saturated pixels can recover.
+
+    `precision` is that of the decoder's arithmetic; images have the latents' own.
+    """
+    with torch.autocast(latents.device.type, precision, enabled=precision != torch.float32):
+        decoded = vae.decode(latents / vae.config.scaling_factor).sample
+    images = decoded.to(latents.dtype) / 2 + 0.5
     return images + (images.clamp(0, 1) - images).detach()
 
 

@@ -49,7 +49,10 @@ class Diffuser:
     zero_null: bool
     """SDXL was trained with zeros for the empty prompt."""
     precision: torch.dtype
+    """Of the UNet's arithmetic."""
     compile: bool = False
+    decoder_precision: torch.dtype = torch.float32
+    """Of the decoder's, while training."""
 
     @property
     def text_encoder(self) -> CLIPTextModel:
@@ -153,6 +156,7 @@ def load(model: Model, device: torch.device | str = "cpu") -> Diffuser:
         zero_null,
         PRECISIONS[model.precision],
         model.compile,
+        PRECISIONS[model.decoder_precision],
     )
 
 

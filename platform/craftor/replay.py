@@ -38,7 +38,7 @@ def measure_kept_steps(
         with graph_size(guided.unet.parameters()) as step:
             guided.output(latents.detach().requires_grad_(), tuned, guided.schedule[index].timestep)
         with graph_size(diffuser.vae.parameters()) as decoding:
-            images = decode(diffuser.vae, latents.detach().requires_grad_())
+            images = decode(diffuser.vae, latents.detach().requires_grad_(), diffuser.decoder_precision)
         scored = [0]
         for reward in scoring.rewards.values():
             with graph_size(reward.parameters()) as score:  # type: ignore[attr-defined]  # a Module, as it has gradient

@@ -14,6 +14,8 @@ class Model(Section):
     """A `StableDiffusionPipeline` folder or hub id; `micro:NAME` is a folder shipped with `craftor_micro`."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the UNet; what trains keeps fp32 master weights. Evaluation is always fp32."""
+    decoder_precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the decoder while training; fp16 is too narrow for many a decoder."""
     attention: Literal["auto", "xformers", "sdpa", "eager"] = "auto"
     channels_last: bool | None = None
     """Layout of images in UNet and decoder; by default channels last where that is faster on CPU, in fp32."""

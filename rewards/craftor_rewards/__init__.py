@@ -6,6 +6,8 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from craftor_rewards.aesthetic import Aesthetic
 from craftor_rewards.catalogue import CATALOGUE
 from craftor_rewards.clip_score import ClipScore
@@ -26,8 +28,11 @@ REWARDS: dict[str, Callable[..., Reward]] = {
     "compressibility": Compressibility,
     "http": HttpScorer,
 }
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precisions by the names that recipes have for them."""
 __all__ = [
     "CATALOGUE",
+    "DTYPES",
     "REWARDS",
     "Aesthetic",
     "ClipScore",
@@ -51,7 +56,8 @@ def build(kind: str, weights: str | Path, **options: Any) -> Reward:
     """A reward of `REWARDS`, or of the user's own as "module:attr", with its weights.
 
     weights: a folder or file, a short name of `CATALOGUE`, or a Hugging Face repository; whatever a user's own class
-        makes of it. options go to the class: `dtype` and `checkpoint` for those made of CLIPs.
+        makes of it. options go to the class: `dtype` ("fp32", "bf16", "fp16" or PyTorch's own) and `checkpoint` for
+        those made of CLIPs.
 
     Raises ValueError for an unknown kind and for an object without the protocol, FileNotFoundError for weights that
     are not on this machine and cannot be fetched.
@@ -65,12 +71,16 @@ def build(kind: str, weights: str | Path, **options: Any) -> Reward:
 
 
 def _make(constructor: Callable[..., Any], kind: str, weights: str | Path, options: dict[str, Any]) -> Any:
-    """Raises ValueError for options that the class does not know."""
+    """Raises ValueError for options that the class does not know, and for a dtype by a name of its own."""
     known = signature(constructor).parameters
     if not any(parameter.kind == Parameter.VAR_KEYWORD for parameter in known.values()):
         allowed = list(known)[1:]
         if unknown := [name for name in options if name not in allowed]:
             raise ValueError(f"reward '{kind}' has no option '{unknown[0]}'; it takes: {', '.join(allowed) or 'none'}")
+    if isinstance(name := options.get("dtype"), str):
+        if name not in DTYPES:
+            raise ValueError(f"reward '{kind}': option dtype = '{name}'; allowed: {', '.join(DTYPES)}")
+        options = {**options, "dtype": DTYPES[name]}
     return constructor(weights, **options)
 
 

@@ -82,7 +82,7 @@ class DirectTuningTask:
         noisy = alpha * latents + sigma * noise
         prompt = Prompt(embed(self.encoders, rows.ids(device)), self.diffuser.null(self.encoders))
         predicted = p * noisy + q * self.guided.output(noisy, prompt, timesteps.to(device))  # equation 4
-        images = decode(self.diffuser.vae, predicted)
+        images = decode(self.diffuser.vae, predicted, self.diffuser.decoder_precision)
         prompts = [str(prompt) for prompt in rows.columns["prompt"]]
         scores, gradient = self.scoring(images, prompts, share, rows.position[0] // self.batch_size)
         torch.autograd.backward([images, share * self._anchor(rows, prompt.condition)], [gradient, None])

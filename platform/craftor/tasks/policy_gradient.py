@@ -84,7 +84,7 @@ class PolicyGradientTask(RewardTuningTask):
         actions, final = self._roll_out(rows, original, self._acting_prompt(rows, tuned))
         original, tuned = self._each(original), self._each(tuned)
         with torch.no_grad():
-            self.images = decode(self.diffuser.vae, final)
+            self.images = decode(self.diffuser.vae, final, self.diffuser.decoder_precision)
         waiting = self.scoring.begin(self.images, prompts, number)
         base_means = self._base_means(actions, original)  # while rewards elsewhere compute
         scores = waiting()

@@ -91,7 +91,7 @@ class RewardTuningTask:
         kept = self._kept_steps(state, tuned_leaves, prompts, where)
         chain = Chain(guided, where, tuned_leaves, outside, self.direct, kept)
         final = chain.forward(state)
-        images = decode(self.diffuser.vae, final)
+        images = decode(self.diffuser.vae, final, self.diffuser.decoder_precision)
         scores, image_gradient = self.scoring(images, prompts, share, rows.position[0] // self.batch_size)
         (final_gradient,) = torch.autograd.grad(images, final, image_gradient)
         chain.backward(final_gradient)
