@@ -28,6 +28,8 @@ FORMATS: dict[str, Callable[..., ray.data.Dataset]] = {
 }
 
 TRUNCATED = "truncated"
+BLOCK_BYTES = 16 << 20
+"""What a stage hands on at once: every stage has several such blocks in memory, whatever the number of prompts."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,12 @@ def prepare(data: Data, tokenizers: Mapping[str, str], out: Path) -> Prepared:
     source = locate(data.path)
     filesystem, path = fsspec.core.url_to_fs(source)
     local = filesystem.protocol in ("file", ("file", "local"))
-    rows = FORMATS[suffix(source)](path, **({} if local else {"filesystem": filesystem}))
+    context = ray.data.DataContext.get_current()
+    usual, context.target_max_block_size = context.target_max_block_size, BLOCK_BYTES
+    try:
+        rows = FORMATS[suffix(source)](path, **({} if local else {"filesystem": filesystem}))
+    finally:
+        context.target_max_block_size = usual
     column = "prompt" if suffix(source) == ".txt" else data.column
     # Where the driver is: it alone is sure to have the tokenizers' folders, and `out`.
     here = {"label_selector": {"ray.io/node-id": ray.get_runtime_context().get_node_id()}}
