@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from craftor.estimate import Prediction, Work, counting
+from craftor.memory import own_peak_memory
 from craftor.recipe import Recipe
 from craftor.stream import IDS, Rows
 from craftor.tasks import build
@@ -22,7 +23,7 @@ def predict(recipe: Recipe, work: Work) -> Prediction:
     """A run of CPU workers on this machine, which share its cores.
 
     A few samples' step is timed and its operations counted; a worker's share of a batch takes as many more as it has
-    more samples. Memory is what this process has with the task loaded, and what a step adds for each sample.
+    more samples. So with memory: the peak of that step, and what it had more than a step of half the samples.
     """
     torch.set_num_threads(recipe.workers.threads)
     task = build(recipe)
@@ -30,10 +31,15 @@ def predict(recipe: Recipe, work: Work) -> Prediction:
     at_once = min(share, recipe.run.micro_batch or share)
     rows = sample_rows(task.diffuser.tokenize([PROMPT] * min(at_once, SAMPLES)), recipe)
     size = len(rows.position)
+    half = max(1, size // 2)
+    with own_peak_memory() as smaller:
+        task.step(next(rows.split(half)))
+    with own_peak_memory() as larger:
+        task.step(rows)
+    each = max(0.0, larger.gib - smaller.gib) / (size - half) if size > half else 0.0
     with counting() as counter:
         task.step(rows)
     flops = counter.get_total_flops() / size
-    base = psutil.Process().memory_info().rss
     times: list[float] = []
     deadline = time.perf_counter() + SECONDS
     while time.perf_counter() < deadline or len(times) < 2:
@@ -44,7 +50,8 @@ def predict(recipe: Recipe, work: Work) -> Prediction:
     rate = size * flops / median(times) / crowded
     step = share * flops / rate
     elsewhere = work.shared_bytes * (1 - 1 / recipe.workers.most)
-    memory = (base + at_once * work.activation_bytes + 3 * 4.0 * work.trained - elsewhere) / 2**30
+    # What trains has its gradient already; its two moments and where it began come with the first update.
+    memory = larger.gib + (at_once - size) * each + (3 * 4.0 * work.trained - elsewhere) / 2**30
     total = sum(work.flops.values())
     seconds = {name: step * own / total for name, own in work.flops.items()}
     return Prediction(

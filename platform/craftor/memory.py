@@ -1,7 +1,7 @@
 """Memory: the peak of this process and all its descendants, and what autograd's graphs hold."""
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import psutil
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _INTERVAL_SECONDS = 2.0
+_OWN_INTERVAL_SECONDS = 0.005
 
 
 class Peak:
@@ -20,11 +21,25 @@ class Peak:
 @contextmanager
 def peak_memory() -> Iterator[Peak]:
     """Sample while the block runs. As proportional set size, shared pages (libraries, object store) count once."""
+    with _sampled(_proportional_gib, _INTERVAL_SECONDS) as peak:
+        yield peak
+
+
+@contextmanager
+def own_peak_memory() -> Iterator[Peak]:
+    """The largest resident set of this process alone, sampled often enough for one step of a small model."""
+    own = psutil.Process()
+    with _sampled(lambda: own.memory_info().rss / 2**30, _OWN_INTERVAL_SECONDS) as peak:
+        yield peak
+
+
+@contextmanager
+def _sampled(measure: Callable[[], float], interval: float) -> Iterator[Peak]:
     peak, done = Peak(), threading.Event()
 
     def watch() -> None:
-        while not done.wait(_INTERVAL_SECONDS):
-            peak.gib = max(peak.gib, _proportional_gib())
+        while not done.wait(interval):
+            peak.gib = max(peak.gib, measure())
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
