@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from craftor import __version__
+from craftor.object_data_command import app as objects_app
 from craftor.preflight import check
 from craftor.recipe import RecipeError, load, load_run, parse_override
 from craftor.registry_command import app as registry_app
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 app.add_typer(rewards_app, name="rewards")
 app.add_typer(registry_app)
+app.add_typer(objects_app, name="objects")
 console = Console(stderr=True)
 
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a recipe key: --set optimizer.lr=1e-4")]
