@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -28,12 +29,14 @@ from craftor.locate import locate
 from craftor.object_data import captioners, describing, framing, pairing
 from craftor.object_data.captioners import AttributeReader, merge
 from craftor.object_data.describing import Describe
+from craftor.object_data.held_out import held_out_objects, metrics, tell
 from craftor.object_data.masks import Segmenter
 from craftor.object_data.pairing import Made, MakeRows, pattern
 from craftor.object_data.settings import Attributes, Captioner, Masks, ObjectData, load
 from craftor.object_data.sources import find, parts
 from craftor.object_rows import check_mixture
 from craftor.recipe import Recipe, RecipeError
+from craftor.statistics import paired
 from craftor_micro.captioner import MicroCaptioner
 from craftor_micro.object_render import render_views
 from craftor_micro.objects import sample_views
@@ -295,6 +298,28 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path, text: str, messag
     (tmp_path / "objects.toml").write_text(text)
     with pytest.raises(RecipeError, match=message):
         load(tmp_path / "objects.toml")
+
+
+def test_objects_are_gauged_by_two_pictures_of_each(tmp_path: Path) -> None:
+    _describe(_settings(_folder(tmp_path / "photos", (2, 3, 1))), tmp_path / "out")
+    customizer = SimpleNamespace(diffuser=SimpleNamespace(latent_shape=(8, 16, 16), pixels_per_latent=4))
+    held_out = held_out_objects(tmp_path / "out", customizer, 9)
+    assert held_out.images.shape == held_out.others.shape == (2, 3, 64, 64) and len(held_out.captions) == 2
+    assert (held_out.others[:, :, 0, 0] == 0.5).all() and (held_out.masks.flatten(1).amax(1) > 0.5).all()
+    with pytest.raises(ValueError, match="1 objects with two pictures; allowed: two or more"):
+        held_out_objects(tmp_path / "out", customizer, 1)
+    losses = np.array([[0.3], [0.31], [0.3]])
+    found = {
+        **{"loss_matched": 0.3, "loss_none": 0.5, "loss_shuffled": 0.9, "copy_gap": 0.034},
+        "matched_to_none": paired(losses, losses + 0.2),
+        "none_to_shuffled": paired(losses + 0.2, losses + 0.6),
+        "itself_to_matched": paired(losses - 0.01, losses),
+    }
+    score = metrics(found)["object_loss"]
+    assert score["delta"] == pytest.approx(-0.2) and score["base"] > score["tuned"] and score["ci95"][1] < 0
+    said = tell(found, 3)
+    assert "it carries identity" in said[1] and "+3.4 %" in said[2] and "gains from copying" in said[2]
+    assert "not carry identity yet" in tell({**found, "none_to_shuffled": paired(losses, losses)}, 3)[1]
 
 
 def test_folders_without_pictures_and_masks_without_one_are_refused(tmp_path: Path) -> None:

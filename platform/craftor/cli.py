@@ -289,7 +289,9 @@ def customize(
     image: Annotated[Path, typer.Option(help="A picture of the object; its transparency is its mask.")],
     prompt: Annotated[str, typer.Option(help="The scene to put it in.")],
     mask: Annotated[Path | None, typer.Option(help="Where the object is: white, or opaque.")] = None,
-    encoder: Annotated[Path, typer.Option(help="A run of an object encoder.")] = Path("runs/micro-object-encoder"),
+    encoder: Annotated[str, typer.Option(help="An object encoder: a run, a bundle, or models:/NAME@ALIAS.")] = (
+        "runs/micro-object-encoder"
+    ),
     out: Annotated[Path, typer.Option(help="The picture, or a sheet of several.")] = Path("customized.png"),
     num: Annotated[int, typer.Option(min=1, help="Pictures to make.")] = 4,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
@@ -302,7 +304,6 @@ def customize(
     for path in (image, *([mask] if mask else [])):
         if not path.is_file():
             raise RecipeError(f"{path}: no such file")
-    load_run(encoder)
     from craftor.customize import Guidance, customize_file
 
     print(

@@ -17,16 +17,21 @@ from diffusers import UNet2DConditionModel
 from jaxtyping import Float
 from torch import Tensor
 
-from craftor import checkpoint, object_adapter, object_condition, seeds, trainable, uploads
+from craftor import checkpoint, object_adapter, object_condition, registry, seeds, tracking, trainable, uploads
 from craftor.attention import set_attention
 from craftor.decode import decode
 from craftor.diffuser import Diffuser, freeze
 from craftor.diffuser import load as load_diffuser
 from craftor.embed import embed
+from craftor.encoders import EncoderRefused, fetch, resolve
 from craftor.object_condition import ImageEncoder
 from craftor.pictures import save_sheet
-from craftor.recipe import ObjectEncoder, Recipe, RecipeError, load_run
+from craftor.prefix_cache import weights_digest
+from craftor.recipe import Model, ObjectEncoder, RecipeError, load_run
 from craftor.solver import schedule
+
+RUNS = Path("runs")
+"""Whose registry is asked without MLFLOW_TRACKING_URI."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +90,39 @@ class Customizer:
         return found.chunk(len(conditions))
 
 
-def load(run: Path, device: torch.device | str = "cpu") -> tuple[Customizer, Recipe]:
-    """The last checkpoint of an object encoder's run, on the base model of its recipe. Raises RecipeError."""
-    recipe, last = load_run(run), checkpoint.latest(run)
-    if not isinstance(recipe.task, ObjectEncoder) or last is None:
-        raise RecipeError(f"{run}: no checkpoint of an object encoder in it (task.kind = {recipe.task.kind!r})")
-    return assemble(load_diffuser(recipe.model, device), last), recipe
+def load(source: str | Path, device: torch.device | str = "cpu", runs: Path = RUNS) -> Customizer:
+    """An object encoder on the base model that it was trained for.
+
+    `source` is a run's folder (its last checkpoint), a bundle's, or a registered version: `models:/NAME@ALIAS`, in the
+    registry of `MLFLOW_TRACKING_URI` or else of the folder `runs`.
+
+    Raises RecipeError where there is no object encoder, BundleError for a bundle that is not whole, EncoderRefused
+    where the base has changed, UnknownEncoder for a name that is not registered.
+    """
+    folder = Path(source)
+    if (folder / "recipe.toml").is_file():
+        recipe, last = load_run(folder), checkpoint.latest(folder)
+        if not isinstance(recipe.task, ObjectEncoder) or last is None:
+            raise RecipeError(f"{source}: no checkpoint of an object encoder in it (task.kind = {recipe.task.kind!r})")
+        return assemble(load_diffuser(recipe.model, device), last)
+    if not (folder / "encoder.toml").is_file():
+        if not str(source).startswith("models:/"):
+            load_run(folder)  # says what is missing
+        folder = fetch(resolve(tracking.client(runs), str(source)))
+    return _from_bundle(folder, str(source), device)
+
+
+def _from_bundle(folder: Path, name: str, device: torch.device | str) -> Customizer:
+    registry.verify_bundle(folder)
+    description = registry.description_of(folder)
+    if description.get("kind") != registry.OBJECT_ENCODER:
+        raise RecipeError(f"{name}: a text encoder; expected an object encoder")
+    wanted = description["base"]
+    diffuser = load_diffuser(Model(path=wanted["model"]), device)
+    for part in ("text_encoder", "unet"):
+        if weights_digest([getattr(diffuser, part)]) != wanted[f"{part}_sha256"]:
+            raise EncoderRefused(f"{name}: made for a {part} that {wanted['model']} does not have any more")
+    return assemble(diffuser, folder)
 
 
 def assemble(diffuser: Diffuser, folder: Path) -> Customizer:
@@ -106,14 +138,14 @@ def assemble(diffuser: Diffuser, folder: Path) -> Customizer:
 
 
 def customize_file(
-    image: Path, mask: Path | None, prompt: str, run: Path, out: Path, num: int, seed: int, guidance: Guidance
+    image: Path, mask: Path | None, prompt: str, encoder: str, out: Path, num: int, seed: int, guidance: Guidance
 ) -> Path:
     """The pictures of `craftor customize`, on one sheet. Raises RecipeError for files that cannot be used."""
     try:
         reference = read_reference(image.read_bytes(), mask.read_bytes() if mask else None)
     except ValueError as error:
         raise RecipeError(f"{image}: {error}") from None
-    customizer, _ = load(run)
+    customizer = load(encoder)
     noise = seeds.normal(seed, range(num), "customize", customizer.diffuser.latent_shape)
     made = customizer.generate([prompt] * num, reference.expand(num, -1, -1, -1), noise, guidance)
     save_sheet(made.clamp(0, 1), out)

@@ -68,6 +68,42 @@ def pairs(
     )
 
 
+@app.command()
+def gauge(
+    encoder: Annotated[str, typer.Argument(help="An object encoder: a run, a bundle, or models:/NAME@ALIAS.")],
+    described: Annotated[
+        Path, typer.Argument(help="Objects that it was not trained on, by `craftor objects describe`.")
+    ],
+    limit: Annotated[int, typer.Option(min=2, help="So many objects at most.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
+    runs: Annotated[Path, typer.Option("--runs", help="Folder whose mlflow.db is the store.")] = Path("runs"),
+) -> None:
+    """Does it carry identity, does it copy? Losses on fixed noise, soon telling; scores of a registered version."""
+    from rich.console import Console
+
+    from craftor.customize import load
+    from craftor.object_data.held_out import held_out_objects, metrics, tell
+    from craftor.object_gauges import gauge as measure
+
+    customizer = load(encoder, runs=runs)
+    try:
+        held_out = held_out_objects(described, customizer, limit)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+    found = measure(customizer, held_out, seed)
+    for line in tell(found, len(held_out.images)):
+        Console().print(line)
+    if encoder.startswith("models:/"):
+        from craftor.registry import score
+        from craftor.tracking import answering, client
+        from craftor.versions import resolve
+
+        connected = client(runs)
+        version = resolve(connected, encoder)
+        with answering(connected):
+            score(connected, {"name": version.name, "version": version.version}, metrics(found))
+
+
 def _absolute(path: str) -> str:
     """Actors have another working directory."""
     return str(Path(path).resolve()) if Path(path).exists() else path

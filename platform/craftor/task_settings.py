@@ -268,6 +268,8 @@ class ObjectEncoder(Section):
     """
 
     kind: Literal["object_encoder"]
+    domain: str = ""
+    """What kind of objects it learns, in your words ("dogs"): a label, in its registered versions."""
     image_encoder: str
     """A frozen CLIP: a folder, a hub id, or `micro:NAME`."""
     tokens: Literal["pooled", "patches"] = "patches"
