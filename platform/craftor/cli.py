@@ -299,18 +299,19 @@ def customize(
     object_weight: Annotated[float, typer.Option(min=0, help="Guidance by the object.")] = 4.0,
     object_from: Annotated[int, typer.Option(min=0, help="First denoising step that sees the object.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
+    mix: Annotated[
+        list[str] | None, typer.Option(help="A tuned text encoder and its weight: models:/NAME@ALIAS=0.5; or several.")
+    ] = None,
 ) -> None:
     """Put the object of one picture into new ones, in one pass of its encoder."""
     for path in (image, *([mask] if mask else [])):
         if not path.is_file():
             raise RecipeError(f"{path}: no such file")
+    mixture = dict(_weighted(text) for text in mix or [])
     from craftor.customize import Guidance, customize_file
 
-    print(
-        customize_file(
-            image, mask, prompt, encoder, out, num, seed, Guidance(steps, text_weight, object_weight, object_from)
-        )
-    )
+    guidance = Guidance(steps, text_weight, object_weight, object_from)
+    print(customize_file(image, mask, prompt, encoder, out, num, seed, guidance, mixture))
 
 
 @app.command()
@@ -400,6 +401,14 @@ def plan(
     for name, said in estimate.summary(checked, found, gpu, num_workers):
         print(f"{name:11s} {said}")
     raise typer.Exit(not found.fits)
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    name, _, weight = text.rpartition("=")
+    try:
+        return name, float(weight)
+    except ValueError:
+        raise RecipeError(f"--mix {text}: expected ENCODER=WEIGHT, for example models:/style@champion=0.5") from None
 
 
 def _overrides(texts: list[str] | None) -> dict[str, Any]:

@@ -8,22 +8,25 @@ which is three calls a step; equal weights are the two calls of ordinary guidanc
 """
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from craftor import checkpoint, object_adapter, object_condition, registry, seeds, tracking, trainable, uploads
 from craftor.attention import set_attention
 from craftor.decode import decode
+from craftor.denoise import Prompt
 from craftor.diffuser import Diffuser, freeze
 from craftor.diffuser import load as load_diffuser
 from craftor.embed import embed
-from craftor.encoders import EncoderRefused, fetch, resolve
+from craftor.encoders import Encoder, EncoderRefused, fetch, load_encoder, resolve
+from craftor.mixture import Member, check_weights, prompt_at, timesteps
 from craftor.object_condition import ImageEncoder
 from craftor.pictures import save_sheet
 from craftor.prefix_cache import weights_digest
@@ -52,6 +55,8 @@ class Customizer:
     unet: UNet2DConditionModel
     """Its own, with the adapter installed."""
     encoder: ImageEncoder
+    mixture: tuple[tuple[Encoder, float], ...] = ()
+    """Tuned text encoders that read the prompt, each at its own timesteps, and their weights; the base has the rest."""
 
     @torch.no_grad()
     def generate(
@@ -63,14 +68,15 @@ class Customizer:
     ) -> Float[Tensor, "b 3 H W"]:
         """One picture a row, of its prompt and its cut-out reference; None for no object at all."""
         assert len(prompts) == len(noise) and (references is None or len(references) == len(noise))
-        text = embed(self.diffuser.encoders, self.diffuser.tokenize(prompts)).embeds
-        null = self.diffuser.null().embeds.expand_as(text)
+        base, members = self._prompts(prompts)
         shown = self.encoder(noise.new_zeros(1, 3, 1, 1) if references is None else references)
         absent = torch.zeros_like(shown).expand(len(noise), *shown.shape[1:])
         latents, x0 = noise, None
         for index, step in enumerate(schedule(self.diffuser.scheduler, "ddim", guidance.num_steps)):
             on = references is not None and guidance.object_weight != 0 and index >= guidance.object_from
             seen = shown if on else absent
+            condition, empty = prompt_at(base, members, step.timestep)
+            text, null = condition.embeds, empty.embeds.expand_as(condition.embeds)
             apart = on and guidance.object_weight != guidance.text_weight
             conditions = [(null, absent), *([(null, seen)] if apart else []), (text, seen)]
             outputs = self._outputs(latents, step.timestep, conditions)
@@ -81,6 +87,19 @@ class Customizer:
             previous, x0 = x0, step.x0(latents, output)
             latents = step.advance(latents, x0, previous)
         return decode(self.diffuser.vae, latents)
+
+    def _prompts(self, prompts: list[str]) -> tuple[Prompt, list[Member]]:
+        """The base's prompt, and that of each member at the timesteps where it acts."""
+        ids = self.diffuser.tokenize(prompts)
+
+        def made(encoders: Mapping[str, nn.Module]) -> Prompt:
+            return Prompt(embed(encoders, ids), self.diffuser.null(encoders))
+
+        members = [
+            Member(made({**self.diffuser.encoders, **encoder.modules}), weight, timesteps(encoder.window))
+            for encoder, weight in self.mixture
+        ]
+        return made(self.diffuser.encoders), members
 
     def _outputs(self, latents: Tensor, timestep: int, conditions: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
         """The network's output under each pair of text and object, in one call."""
@@ -137,15 +156,36 @@ def assemble(diffuser: Diffuser, folder: Path) -> Customizer:
     return Customizer(diffuser, freeze(unet), encoder)
 
 
+def mixed(customizer: Customizer, mixture: Mapping[str, float], runs: Path = RUNS) -> Customizer:
+    """The same with tuned text encoders, bundles' folders or `models:/NAME@ALIAS`, of these weights.
+
+    Raises MixtureError for weights that make no mixture, BundleError, EncoderRefused or UnknownEncoder as `load`.
+    """
+    members = []
+    for name, weight in mixture.items():
+        found = Path(name) if Path(name).is_dir() else resolve(tracking.client(runs), name)
+        members.append((load_encoder(found, customizer.diffuser), weight))
+    check_weights([(weight, timesteps(encoder.window)) for encoder, weight in members])
+    return replace(customizer, mixture=tuple(members))
+
+
 def customize_file(
-    image: Path, mask: Path | None, prompt: str, encoder: str, out: Path, num: int, seed: int, guidance: Guidance
+    image: Path,
+    mask: Path | None,
+    prompt: str,
+    encoder: str,
+    out: Path,
+    num: int,
+    seed: int,
+    guidance: Guidance,
+    mixture: Mapping[str, float] | None = None,
 ) -> Path:
     """The pictures of `craftor customize`, on one sheet. Raises RecipeError for files that cannot be used."""
     try:
         reference = read_reference(image.read_bytes(), mask.read_bytes() if mask else None)
     except ValueError as error:
         raise RecipeError(f"{image}: {error}") from None
-    customizer = load(encoder)
+    customizer = mixed(load(encoder), mixture or {})
     noise = seeds.normal(seed, range(num), "customize", customizer.diffuser.latent_shape)
     made = customizer.generate([prompt] * num, reference.expand(num, -1, -1, -1), noise, guidance)
     save_sheet(made.clamp(0, 1), out)

@@ -9,7 +9,7 @@ the trained encoders' conditions and, where the UNet trains, its parameters.
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -59,7 +59,7 @@ class Guided:
         if self.guidance_scale == 1:
             return self._call(latents, timestep, condition)
         pairs = zip(null.tensors, condition.tensors, strict=True)
-        both = Condition(*(torch.cat([n.expand_as(c), c]) for n, c in pairs))
+        both = condition.like(torch.cat([n.expand_as(c), c]) for n, c in pairs)
         timestep = timestep if isinstance(timestep, int) else timestep.repeat(2)
         unconditional, conditional = self._call(torch.cat([latents, latents]), timestep, both).chunk(2)
         return unconditional + self.guidance_scale * (conditional - unconditional)
@@ -71,11 +71,13 @@ class Guided:
         return State(step.advance(state.latents, x0, state.x0), x0)
 
     def _call(self, latents: Tensor, timestep: int | Tensor, condition: Condition) -> Tensor:
-        added = None
+        added: dict[str, Any] = {}
         if condition.pooled is not None and self.time_ids is not None:
             added = {"text_embeds": condition.pooled, "time_ids": self.time_ids.expand(len(latents), -1)}
+        if condition.image is not None:
+            added["image_embeds"] = [condition.image]
         with self._arithmetic(latents):
-            output = self.unet(latents, timestep, condition.embeds, added_cond_kwargs=added).sample
+            output = self.unet(latents, timestep, condition.embeds, added_cond_kwargs=added or None).sample
         return output.to(latents.dtype)
 
     def _arithmetic(self, latents: Tensor) -> AbstractContextManager:
