@@ -28,7 +28,9 @@ class Condition:
     def like(self, tensors: Iterable[Tensor]) -> "Condition":
         """Other `tensors` in the places of these."""
         given = iter(tensors)
-        return Condition(*(None if own is None else next(given) for own in (self.embeds, self.pooled, self.image)))
+        embeds = next(given)
+        pooled, image = (None if own is None else next(given) for own in (self.pooled, self.image))
+        return Condition(embeds, pooled, image)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Condition":
         return self.like(function(tensor) for tensor in self.tensors)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow.parquet
 import torch
+from torch import Tensor
 
 from craftor import uploads
 from craftor.customize import Customizer
@@ -24,7 +25,10 @@ def held_out_objects(described: Path, customizer: Customizer, limit: int) -> Hel
     Raises ValueError where fewer than two objects have: a shuffled reference must be of another.
     """
     size = customizer.diffuser.latent_shape[1] * customizer.diffuser.pixels_per_latent
-    images, masks, captions, others = [], [], [], []
+    images: list[Tensor] = []
+    masks: list[Tensor] = []
+    captions: list[str] = []
+    others: list[Tensor] = []
     for first, second in _pairs(described):
         if len(images) == limit:
             break
