@@ -20,11 +20,13 @@ from torch import Tensor
 from benchmarks import per_object
 from benchmarks.harness import write
 from benchmarks.object_drawing import BATCH, Asked, Judges, Scores, asked, in_batches, without_position
+from craftor import checkpoint
 from craftor.claims.effects import Effect, verdict_of
 from craftor.customize import Customizer, Guidance, load
 from craftor.locate import locate
 from craftor.object_gauges import HeldOut, gauge
 from craftor.pictures import save_sheet
+from craftor.recipe import load_run
 from craftor.statistics import mean, paired
 from craftor_micro.captions import Description
 from craftor_micro.identity_training import draw_identities
@@ -53,15 +55,18 @@ def main() -> None:
     customizers = {name: load(run) for name, run in runs.items() if run is not None}
     guidance = Guidance(20, arguments.text_weight, arguments.object_weight)
     figures, details = gauges(customizers, held_out_pictures(arguments.gauged))
-    details["runs"] = {name or "run": str(run) for name, run in runs.items() if run is not None}
+    _tell(figures, started)
+    details["runs"] = {name or "run": _trained(run) for name, run in runs.items() if run is not None}
     details["guidance"] = asdict(guidance)
     judges = Judges()
     scores, more = drawings(customizers, arguments.drawn, guidance, judges, arguments.run)
     figures |= more
+    _tell(more, started)
     fitted: dict[str, Scores] = {}
     if arguments.fitted:
         fitted, more = per_object_methods(customizers[""], arguments.fitted, arguments.scenes, guidance, judges)
         figures |= more
+        _tell(more, started)
     figures["base_accuracy_change"] = base_accuracy_change(customizers[""], judges)
     details["compared"] = comparisons(scores, fitted, arguments.scenes)
     path = write("object", figures=figures, details=details, started=started)
@@ -215,6 +220,21 @@ def _by(customizer: Customizer, of: Asked, guidance: Guidance, shown: bool = Tru
     return lambda rows: customizer.generate(
         [of.prompts[i] for i in rows], of.references[rows] if shown else None, of.noise[rows], guidance
     )
+
+
+def _tell(figures: Mapping[str, float], started: float) -> None:
+    """A part takes minutes: what it found is shown at once."""
+    print(
+        f"{time.perf_counter() - started:.0f} s", json.dumps({k: round(v, 4) for k, v in figures.items()}), flush=True
+    )
+
+
+def _trained(run: Path) -> dict[str, Any]:
+    """Which run it is, and how far it went: one that was stopped has fewer steps than its recipe."""
+    last, recipe = checkpoint.latest(run), load_run(run)
+    assert last is not None
+    asked_for = {"num_steps": recipe.run.num_steps, "batch_size": recipe.run.batch_size}
+    return {"run": str(run), "step": checkpoint.step_of(last), **asked_for}
 
 
 def _encoding_seconds(customizer: Customizer, of: Asked) -> float:
