@@ -76,7 +76,7 @@ class Judges:
     def __call__(self, made: Float[Tensor, "n 3 64 64"], of: Asked) -> Scores:
         """`identity` (all its attributes), each attribute, `near_identical` (nearer to its reference than to one of
         nearly the same object), `prompt` and its parts, and what was copied of the reference where the prompt asks
-        for another: `copied_position`, `copied_background`; chance is one in five and in eight."""
+        for another: `copied_position`, `copied_background`."""
         described = [_without_colour(description) for description in describe(of.views.scenes)]
         negatives = cut_out(render_views(near_identical(of.others, 3), 1))
         judged = self.referee.judge(made, described)
