@@ -2,12 +2,14 @@
 
 import copy
 import io
+import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import tomli_w
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
@@ -16,14 +18,17 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from craftor import checkpoint, customize, job, object_adapter, object_condition
+from craftor import checkpoint, customize, job, object_adapter, object_condition, registry
 from craftor.customize import Guidance
+from craftor.encoders import EncoderRefused, load_encoder, versions
 from craftor.object_adapter import Tokens
 from craftor.object_gauges import HeldOut, gauge
 from craftor.object_rows import check_mixture
 from craftor.recipe import Recipe, RecipeError
+from craftor.registry import BundleError
 from craftor.stream import Rows
 from craftor.tasks.object_encoder import ObjectEncoderTask
+from encoder_bundles import new_store
 
 PROMPTS = ["a small red star", "a large blue ring", "a large star", "a small ring"]
 TOKENS: tuple[Tokens, ...] = ("pooled", "patches")
@@ -265,7 +270,6 @@ def test_adapters_of_other_architectures_and_other_files_are_refused(tiny: Path,
     [
         ({"task": {"domain_share": 0.4}}, r"task.domain_share = 0.4 of run.batch_size = 4 is 1.6 rows"),
         ({"task": {"dropout": {"both": 0.95}}}, "text \\+ object \\+ both = 1.05; allowed: less than 1"),
-        ({"register": {"name": "x"}}, "cannot be registered yet"),
         ({"model": {"precision": "fp16"}}, "fp16"),
     ],
 )
@@ -360,6 +364,38 @@ def test_a_run_trains_resumes_to_the_same_bits_and_customizes(
             assert torch.equal(tensor, first[path.name][name]), (path.name, name)
     Image.new("RGBA", (40, 30), (255, 0, 0, 200)).save(tmp_path / "x.png")
     sheet = customize.customize_file(
-        tmp_path / "x.png", None, PROMPTS[0], run, tmp_path / "out.png", 2, 0, Guidance(2, 2.0, 1.0)
+        tmp_path / "x.png", None, PROMPTS[0], str(run), tmp_path / "out.png", 2, 0, Guidance(2, 2.0, 1.0)
     )
     assert Image.open(sheet).size == (64, 32)
+
+
+def test_an_object_encoder_is_registered_and_loaded_by_name(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CRAFTOR_CACHE", str(tmp_path / "cache"))
+    connected = new_store(tmp_path / "runs")
+    task = _task(tiny, tmp_path, tokens="pooled", domain="dogs")
+    _disturb(task.module)
+    task.save(tmp_path / "saved")
+    recipe = _recipe(tiny, tmp_path, tokens="pooled", domain="dogs")
+    bundle = registry.write_bundle(recipe, task.diffuser, tmp_path / "saved", tmp_path / "bundle")
+    registry.add(connected, bundle, "objects", ["champion"])
+    (found,) = versions(connected)
+    assert (found.tags["craftor.kind"], found.tags["craftor.domain"]) == ("object_encoder", "dogs")
+    assert found.tags["craftor.window"] == "999..0"
+    loaded = customize.load("models:/objects@champion", runs=tmp_path / "runs")
+    text, seen = torch.rand(1, 24, 16), loaded.encoder(torch.rand(1, 3, 32, 32))
+    torch.testing.assert_close(_call(loaded.unet, text, seen), _call(task.unet.eval(), text, seen))
+    with pytest.raises(EncoderRefused, match="an object encoder, no text encoder; use it by: craftor customize"):
+        load_encoder(found, task.diffuser)
+    (bundle / "encoder.toml").write_text((bundle / "encoder.toml").read_text().replace('unet_sha256 = "', "&0"))
+    with pytest.raises(BundleError, match="encoder.toml"):
+        customize.load(bundle)
+    other = registry.describe(recipe, task.diffuser)
+    other["base"]["unet_sha256"] = "0" * 64
+    (bundle / "encoder.toml").write_text(tomli_w.dumps(other))
+    (bundle / checkpoint.MANIFEST).write_text(json.dumps(checkpoint.digests(bundle)))
+    with pytest.raises(EncoderRefused, match="made for a unet that .* does not have any more"):
+        customize.load(bundle)
+    with pytest.raises(RecipeError, match="no run there"):
+        customize.load(tmp_path / "nothing")

@@ -9,7 +9,7 @@ from mlflow.tracking import MlflowClient
 
 from craftor import checkpoint, prompts, registry
 from craftor.diffuser import load as load_diffuser
-from craftor.recipe import Recipe, RecipeError, RewardTuning, Tuning
+from craftor.recipe import ObjectEncoder, Recipe, RecipeError, RewardTuning, Tuning
 from craftor.recipe import load as load_recipe
 from craftor.run_files import METRICS
 from craftor.tracking import Tracker
@@ -22,7 +22,7 @@ def adopt(connected: MlflowClient, run_dir: Path, name: str | None, aliases: Seq
     Raises RecipeError for a folder without a finished step.
     """
     recipe, last = load_recipe(run_dir / "recipe.toml"), checkpoint.latest(run_dir)
-    if last is None or not isinstance(recipe.task, Tuning):
+    if last is None or not isinstance(recipe.task, Tuning | ObjectEncoder):
         raise RecipeError(f"{run_dir}: no complete checkpoint of a tuned encoder in it")
     state = json.loads((run_dir / "run.json").read_text())
     bundle = run_dir / "bundle"

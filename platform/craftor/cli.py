@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from craftor import __version__
-from craftor.commands import cluster, encoder, evaluation, generation, registry, rewards, search, training
+from craftor.commands import cluster, encoder, evaluation, generation, objects, registry, rewards, search, training
 from craftor.recipe import RecipeError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ for heading, parts in PANELS.items():
             command.rich_help_panel = heading
         app.add_typer(part)
 app.add_typer(rewards.app, name="rewards", rich_help_panel="Reward models")
+app.add_typer(objects.app, name="objects", rich_help_panel="Images")
 console = Console(stderr=True)
 
 

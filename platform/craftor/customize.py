@@ -8,25 +8,33 @@ which is three calls a step; equal weights are the two calls of ordinary guidanc
 """
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from craftor import checkpoint, object_adapter, object_condition, seeds, trainable, uploads
+from craftor import checkpoint, object_adapter, object_condition, registry, seeds, tracking, trainable, uploads
 from craftor.attention import set_attention
 from craftor.decode import decode
+from craftor.denoise import Prompt
 from craftor.diffuser import Diffuser, freeze
 from craftor.diffuser import load as load_diffuser
 from craftor.embed import embed
+from craftor.encoders import Encoder, EncoderRefused, fetch, load_encoder, resolve
+from craftor.mixture import Member, check_weights, prompt_at, timesteps
 from craftor.object_condition import ImageEncoder
 from craftor.pictures import save_sheet
-from craftor.recipe import ObjectEncoder, Recipe, RecipeError, load_run
+from craftor.prefix_cache import weights_digest
+from craftor.recipe import Model, ObjectEncoder, RecipeError, load_run
 from craftor.solver import schedule
+
+RUNS = Path("runs")
+"""Whose registry is asked without MLFLOW_TRACKING_URI."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,8 @@ class Customizer:
     unet: UNet2DConditionModel
     """Its own, with the adapter installed."""
     encoder: ImageEncoder
+    mixture: tuple[tuple[Encoder, float], ...] = ()
+    """Tuned text encoders that read the prompt, each at its own timesteps, and their weights; the base has the rest."""
 
     @torch.no_grad()
     def generate(
@@ -58,14 +68,15 @@ class Customizer:
     ) -> Float[Tensor, "b 3 H W"]:
         """One picture a row, of its prompt and its cut-out reference; None for no object at all."""
         assert len(prompts) == len(noise) and (references is None or len(references) == len(noise))
-        text = embed(self.diffuser.encoders, self.diffuser.tokenize(prompts)).embeds
-        null = self.diffuser.null().embeds.expand_as(text)
+        base, members = self._prompts(prompts)
         shown = self.encoder(noise.new_zeros(1, 3, 1, 1) if references is None else references)
         absent = torch.zeros_like(shown).expand(len(noise), *shown.shape[1:])
         latents, x0 = noise, None
         for index, step in enumerate(schedule(self.diffuser.scheduler, "ddim", guidance.num_steps)):
             on = references is not None and guidance.object_weight != 0 and index >= guidance.object_from
             seen = shown if on else absent
+            condition, empty = prompt_at(base, members, step.timestep)
+            text, null = condition.embeds, empty.embeds.expand_as(condition.embeds)
             apart = on and guidance.object_weight != guidance.text_weight
             conditions = [(null, absent), *([(null, seen)] if apart else []), (text, seen)]
             outputs = self._outputs(latents, step.timestep, conditions)
@@ -77,6 +88,19 @@ class Customizer:
             latents = step.advance(latents, x0, previous)
         return decode(self.diffuser.vae, latents)
 
+    def _prompts(self, prompts: list[str]) -> tuple[Prompt, list[Member]]:
+        """The base's prompt, and that of each member at the timesteps where it acts."""
+        ids = self.diffuser.tokenize(prompts)
+
+        def made(encoders: Mapping[str, nn.Module]) -> Prompt:
+            return Prompt(embed(encoders, ids), self.diffuser.null(encoders))
+
+        members = [
+            Member(made({**self.diffuser.encoders, **encoder.modules}), weight, timesteps(encoder.window))
+            for encoder, weight in self.mixture
+        ]
+        return made(self.diffuser.encoders), members
+
     def _outputs(self, latents: Tensor, timestep: int, conditions: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
         """The network's output under each pair of text and object, in one call."""
         texts, objects = (torch.cat(column) for column in zip(*conditions, strict=True))
@@ -85,12 +109,39 @@ class Customizer:
         return found.chunk(len(conditions))
 
 
-def load(run: Path, device: torch.device | str = "cpu") -> tuple[Customizer, Recipe]:
-    """The last checkpoint of an object encoder's run, on the base model of its recipe. Raises RecipeError."""
-    recipe, last = load_run(run), checkpoint.latest(run)
-    if not isinstance(recipe.task, ObjectEncoder) or last is None:
-        raise RecipeError(f"{run}: no checkpoint of an object encoder in it (task.kind = {recipe.task.kind!r})")
-    return assemble(load_diffuser(recipe.model, device), last), recipe
+def load(source: str | Path, device: torch.device | str = "cpu", runs: Path = RUNS) -> Customizer:
+    """An object encoder on the base model that it was trained for.
+
+    `source` is a run's folder (its last checkpoint), a bundle's, or a registered version: `models:/NAME@ALIAS`, in the
+    registry of `MLFLOW_TRACKING_URI` or else of the folder `runs`.
+
+    Raises RecipeError where there is no object encoder, BundleError for a bundle that is not whole, EncoderRefused
+    where the base has changed, UnknownEncoder for a name that is not registered.
+    """
+    folder = Path(source)
+    if (folder / "recipe.toml").is_file():
+        recipe, last = load_run(folder), checkpoint.latest(folder)
+        if not isinstance(recipe.task, ObjectEncoder) or last is None:
+            raise RecipeError(f"{source}: no checkpoint of an object encoder in it (task.kind = {recipe.task.kind!r})")
+        return assemble(load_diffuser(recipe.model, device), last)
+    if not (folder / "encoder.toml").is_file():
+        if not str(source).startswith("models:/"):
+            load_run(folder)  # says what is missing
+        folder = fetch(resolve(tracking.client(runs), str(source)))
+    return _from_bundle(folder, str(source), device)
+
+
+def _from_bundle(folder: Path, name: str, device: torch.device | str) -> Customizer:
+    registry.verify_bundle(folder)
+    description = registry.description_of(folder)
+    if description.get("kind") != registry.OBJECT_ENCODER:
+        raise RecipeError(f"{name}: a text encoder; expected an object encoder")
+    wanted = description["base"]
+    diffuser = load_diffuser(Model(path=wanted["model"]), device)
+    for part in ("text_encoder", "unet"):
+        if weights_digest([getattr(diffuser, part)]) != wanted[f"{part}_sha256"]:
+            raise EncoderRefused(f"{name}: made for a {part} that {wanted['model']} does not have any more")
+    return assemble(diffuser, folder)
 
 
 def assemble(diffuser: Diffuser, folder: Path) -> Customizer:
@@ -105,15 +156,36 @@ def assemble(diffuser: Diffuser, folder: Path) -> Customizer:
     return Customizer(diffuser, freeze(unet), encoder)
 
 
+def mixed(customizer: Customizer, mixture: Mapping[str, float], runs: Path = RUNS) -> Customizer:
+    """The same with tuned text encoders, bundles' folders or `models:/NAME@ALIAS`, of these weights.
+
+    Raises MixtureError for weights that make no mixture, BundleError, EncoderRefused or UnknownEncoder as `load`.
+    """
+    members = []
+    for name, weight in mixture.items():
+        found = Path(name) if Path(name).is_dir() else resolve(tracking.client(runs), name)
+        members.append((load_encoder(found, customizer.diffuser), weight))
+    check_weights([(weight, timesteps(encoder.window)) for encoder, weight in members])
+    return replace(customizer, mixture=tuple(members))
+
+
 def customize_file(
-    image: Path, mask: Path | None, prompt: str, run: Path, out: Path, num: int, seed: int, guidance: Guidance
+    image: Path,
+    mask: Path | None,
+    prompt: str,
+    encoder: str,
+    out: Path,
+    num: int,
+    seed: int,
+    guidance: Guidance,
+    mixture: Mapping[str, float] | None = None,
 ) -> Path:
     """The pictures of `craftor customize`, on one sheet. Raises RecipeError for files that cannot be used."""
     try:
         reference = read_reference(image.read_bytes(), mask.read_bytes() if mask else None)
     except ValueError as error:
         raise RecipeError(f"{image}: {error}") from None
-    customizer, _ = load(run)
+    customizer = mixed(load(encoder), mixture or {})
     noise = seeds.normal(seed, range(num), "customize", customizer.diffuser.latent_shape)
     made = customizer.generate([prompt] * num, reference.expand(num, -1, -1, -1), noise, guidance)
     save_sheet(made.clamp(0, 1), out)

@@ -59,7 +59,7 @@ class Guided:
         if self.guidance_scale == 1:
             return self.call(latents, timestep, condition)
         pairs = zip(null.tensors, condition.tensors, strict=True)
-        both = Condition(*(torch.cat([n.expand_as(c), c]) for n, c in pairs))
+        both = condition.like(torch.cat([n.expand_as(c), c]) for n, c in pairs)
         timestep = timestep if isinstance(timestep, int) else timestep.repeat(2)
         unconditional, conditional = self.call(torch.cat([latents, latents]), timestep, both).chunk(2)
         return unconditional + self.guidance_scale * (conditional - unconditional)
@@ -77,11 +77,14 @@ class Guided:
             output = self.unet(latents, timestep, condition.embeds, added_cond_kwargs=added, **residuals).sample
         return output.to(latents.dtype)
 
-    def added(self, condition: Condition, rows: int) -> dict[str, Tensor] | None:
-        """What SDXL's networks read beside the prompt."""
-        if condition.pooled is None or self.time_ids is None:
-            return None
-        return {"text_embeds": condition.pooled, "time_ids": self.time_ids.expand(rows, -1)}
+    def added(self, condition: Condition, rows: int) -> dict[str, Any] | None:
+        """What networks read beside the prompt: in SDXL its pooled form and image sizes; an object's tokens."""
+        added: dict[str, Any] = {}
+        if condition.pooled is not None and self.time_ids is not None:
+            added = {"text_embeds": condition.pooled, "time_ids": self.time_ids.expand(rows, -1)}
+        if condition.image is not None:
+            added["image_embeds"] = [condition.image]
+        return added or None
 
     def arithmetic(self, latents: Tensor) -> AbstractContextManager:
         """The precision in which networks compute inside the block."""

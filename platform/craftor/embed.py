@@ -1,6 +1,6 @@
 """Token ids -> the condition that the UNet sees."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,13 +18,22 @@ class Condition:
     embeds: Float[Tensor, "b n d"]
     pooled: Float[Tensor, "b p"] | None = None
     """SDXL: the second encoder's projected sentence embedding."""
+    image: Float[Tensor, "b 1 *tokens c"] | None = None
+    """What an image encoder makes of an object shown beside the text, for a UNet with an object's cross-attention."""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return (self.embeds,) if self.pooled is None else (self.embeds, self.pooled)
+        return tuple(tensor for tensor in (self.embeds, self.pooled, self.image) if tensor is not None)
+
+    def like(self, tensors: Iterable[Tensor]) -> "Condition":
+        """Other `tensors` in the places of these."""
+        given = iter(tensors)
+        embeds = next(given)
+        pooled, image = (None if own is None else next(given) for own in (self.pooled, self.image))
+        return Condition(embeds, pooled, image)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Condition":
-        return Condition(*(function(tensor) for tensor in self.tensors))
+        return self.like(function(tensor) for tensor in self.tensors)
 
     def __len__(self) -> int:
         return len(self.embeds)
@@ -66,6 +75,6 @@ def mix(conditions: Sequence[Condition], weights: Sequence[float]) -> Condition:
         return members[0][0]
     columns = zip(*(condition.tensors for condition, _ in members), strict=True)
     weights = [weight for _, weight in members]
-    return Condition(
-        *(sum((w * t for t, w in zip(c[1:], weights[1:], strict=True)), weights[0] * c[0]) for c in columns)
+    return members[0][0].like(
+        sum((w * t for t, w in zip(c[1:], weights[1:], strict=True)), weights[0] * c[0]) for c in columns
     )

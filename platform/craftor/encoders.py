@@ -120,6 +120,8 @@ def load_encoder(found: Version | Path, base: Diffuser, *, any_base: bool = Fals
     registry.verify_bundle(folder)
     description = registry.description_of(folder)
     uri = found.uri if isinstance(found, Version) else str(folder.resolve())
+    if description.get("kind") == registry.OBJECT_ENCODER:
+        raise EncoderRefused(f"{uri}: an object encoder, no text encoder; use it by: craftor customize --encoder {uri}")
     modules = _load_modules(folder, base, uri)
     # A base in half precision has other numbers than the one it was rounded from: nothing to compare.
     if not any_base and base.text_encoder.dtype == torch.float32:

@@ -40,6 +40,9 @@ def absolute(recipe: Recipe) -> Recipe:
     if isinstance(task, RewardTuning) and task.prefix.cache is not None:
         prefix = task.prefix.model_copy(update={"cache": fix(task.prefix.cache)})
         task = task.model_copy(update={"prefix": prefix})
+    if isinstance(task, RewardTuning) and task.shown is not None:
+        places = {key: fix(getattr(task.shown, key)) for key in ("encoder", "references")}
+        task = task.model_copy(update={"shown": task.shown.model_copy(update=places)})
     if isinstance(task, ObjectEncoder):
         found = {"image_encoder": fix(task.image_encoder), "adapter": task.adapter and fix(task.adapter)}
         task = task.model_copy(update=found)

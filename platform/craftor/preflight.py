@@ -10,6 +10,7 @@ import fsspec
 
 from craftor.locate import locate
 from craftor.recipe import Data, DirectTuning, Evaluation, ObjectEncoder, Recipe, RecipeError, RewardTuning
+from craftor.task_settings import ShownObject
 
 _PROBE_BYTES = 1 << 20
 # Written out here so that a misspelt recipe is refused in a moment, without importing torch or Ray; tests hold these
@@ -32,6 +33,8 @@ def check(recipe: Recipe, source: Path) -> None:
                 check_hub_id("task.image_encoder", recipe.task.image_encoder, "config.json")
             if recipe.task.adapter is not None and not Path(recipe.task.adapter).is_file():
                 raise ValueError(f"task.adapter = {recipe.task.adapter!r}: no such file")
+        if isinstance(recipe.task, RewardTuning) and recipe.task.shown is not None:
+            check_shown(recipe.task.shown)
         if isinstance(recipe.task, RewardTuning):
             check_prompts("data", recipe.data)
         elif not list(Path(locate(recipe.data.path)).glob("*.parquet")):
@@ -40,6 +43,14 @@ def check(recipe: Recipe, source: Path) -> None:
             check_held_out(recipe.evaluation)
         if recipe.validation is not None:
             check_prompts("validation", Data(path=recipe.validation.prompts))
+
+
+def check_shown(shown: ShownObject) -> None:
+    """The object encoder is a run or a bundle, and the references are Parquet."""
+    if not any((Path(shown.encoder) / name).is_file() for name in ("recipe.toml", "encoder.toml")):
+        raise ValueError(f"task.shown.encoder = {shown.encoder!r}: no run and no bundle of an object encoder there")
+    if not list(Path(shown.references).glob("*.parquet")):
+        raise ValueError(f"task.shown.references = {shown.references!r}: no folder with Parquet files of references")
 
 
 def check_model(path: str) -> None:

@@ -132,8 +132,6 @@ class Recipe(Section):
                 f"task.domain_share = {self.task.domain_share} of run.batch_size = {self.run.batch_size} is {num:g} "
                 "rows; allowed: a whole number of them in every batch"
             )
-        if self.register_as is not None:
-            raise ValueError("register: an object encoder cannot be registered yet; leave [register] out")
         return self
 
     @property

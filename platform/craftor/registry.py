@@ -1,8 +1,9 @@
 """Tuned encoders in the MLflow Model Registry: a bundle of safetensors, checked by hash, never executed.
 
 A bundle is `text_encoder/` + `tokenizer/` + `encoder.toml` (base model and its hash, rewards and weights, timesteps of
-the window) + `manifest.json` (sha256 of each file). It is an MLflow logged model with a flavor of our own, so that no
-generic loader of MLflow ever unpickles or imports anything for it.
+the window) + `manifest.json` (sha256 of each file). An object encoder's has `ip_adapter.safetensors`, `image_encoder/`
+and its UNet in place of the text encoder, and says so by `kind`. It is an MLflow logged model with a flavor of our own,
+so that no generic loader of MLflow ever unpickles or imports anything for it.
 """
 
 import hashlib
@@ -22,23 +23,28 @@ import tomli_w
 from mlflow.models import Model
 from mlflow.tracking import MlflowClient
 
-from craftor import __version__, checkpoint
+from craftor import __version__, checkpoint, object_adapter, object_condition
 from craftor.diffuser import Diffuser
 from craftor.prefix_cache import weights_digest
-from craftor.recipe import Recipe, Tuning
+from craftor.recipe import ObjectEncoder, Recipe, Tuning
 from craftor.tracking import EXPERIMENT, Tracker
 
 FLAVOR = "craftor_encoder"
 SHA256 = "craftor.sha256"
 """Tag of a version: the hash of its weights, which also marks it as ours."""
+OBJECT_ENCODER = "object_encoder"
+"""What `kind` in `encoder.toml` says where it is not a text encoder."""
+KIND = "craftor.kind"
+"""Tag of a version that is not a text encoder."""
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 HELD_OUT = "craftor.held_out"
 """Tag of a version: what its evaluation found, as JSON."""
-_ALLOWED = ("encoder.toml", checkpoint.MANIFEST, "MLmodel")
+_ALLOWED = ("encoder.toml", checkpoint.MANIFEST, "MLmodel", object_adapter.FILE)
 _ALLOWED_FOLDERS = {
     "text_encoder": (".json", ".safetensors"),
     "text_encoder_2": (".json", ".safetensors"),
     "unet": (".json", ".safetensors"),
+    object_condition.FOLDER: (".json", ".safetensors"),
     "lora": (".safetensors",),
     "tokenizer": (".json", ".txt"),
     "tokenizer_2": (".json", ".txt"),
@@ -56,6 +62,8 @@ def write_bundle(
     shutil.rmtree(out, ignore_errors=True)
     for folder in (folder for folder in _ALLOWED_FOLDERS if (trained / folder).is_dir()):
         shutil.copytree(trained / folder, out / folder)
+    if (trained / object_adapter.FILE).is_file():
+        shutil.copy(trained / object_adapter.FILE, out / object_adapter.FILE)
     return seal(out, diffuser, {**describe(recipe, diffuser), "lineage": {"recipe": recipe.name, **(lineage or {})}})
 
 
@@ -70,6 +78,8 @@ def seal(out: Path, diffuser: Diffuser, description: Mapping[str, Any]) -> Path:
 
 def describe(recipe: Recipe, diffuser: Diffuser) -> dict[str, Any]:
     """The content of `encoder.toml`. The window is in timesteps, so that it means the same for any number of steps."""
+    if isinstance(recipe.task, ObjectEncoder):
+        return _describe_object_encoder(recipe, recipe.task, diffuser)
     assert isinstance(recipe.task, Tuning)
     rollout, rewards = recipe.task.rollout, recipe.task.rewards
     steps = recipe.task.acts()
@@ -81,6 +91,27 @@ def describe(recipe: Recipe, diffuser: Diffuser) -> dict[str, Any]:
         "base": {"model": recipe.model.path, "text_encoder_sha256": weights_digest([diffuser.text_encoder])},
         "rewards": {name: {"kind": r.kind, "weight": r.weight} for name, r in rewards.items() if r.weight},
         "window": {"first_timestep": timesteps[steps.start], "last_timestep": timesteps[steps.stop] + 1},
+    }
+
+
+def _describe_object_encoder(recipe: Recipe, task: ObjectEncoder, diffuser: Diffuser) -> dict[str, Any]:
+    """It was made for one UNet, which its hash tells from others, and acts at every timestep."""
+    return {
+        "name": recipe.name,
+        "kind": OBJECT_ENCODER,
+        "craftor": __version__,
+        "base": {
+            "model": recipe.model.path,
+            "text_encoder_sha256": weights_digest([diffuser.text_encoder]),
+            "unet_sha256": weights_digest([diffuser.unet]),
+        },
+        "object": {
+            "domain": task.domain,
+            "image_encoder": task.image_encoder,
+            "tokens": task.tokens,
+            "unet": task.tuned.method if task.tuned else "frozen",
+        },
+        "window": {"first_timestep": diffuser.scheduler.config.num_train_timesteps - 1, "last_timestep": 0},
     }
 
 
@@ -136,6 +167,8 @@ def _tags(bundle: Path) -> dict[str, str]:
     }
     if digest := lineage.get("dataset_sha256"):
         tags["craftor.dataset"] = digest
+    if description.get("kind") == OBJECT_ENCODER:
+        tags |= {KIND: OBJECT_ENCODER, "craftor.domain": description["object"]["domain"]}
     return tags
 
 

@@ -133,12 +133,23 @@ class Tuning(Section):
         return rewards
 
 
+class ShownObject(Section):
+    """An object shown beside the text to a share of samples, so that what trains suits pictures with and without."""
+
+    encoder: str
+    """A trained object encoder: a run's folder or a bundle's. Its UNet draws, and does not train."""
+    references: str
+    """A folder of Parquet that an object encoder trains on; its references are shown."""
+    share: float = Field(0.5, gt=0, le=1)
+
+
 class RewardTuning(Tuning):
     """Fine-tune text encoder or UNet by reward, from prompts alone (TextCraftor, section 3.2.2)."""
 
     kind: Literal["reward_tuning"]
     window: Window
     prefix: Prefix = Prefix()
+    shown: ShownObject | None = None
 
     def acts(self) -> range:
         """The window's steps, or all where the trained encoder also conditioned the others."""
@@ -148,6 +159,16 @@ class RewardTuning(Tuning):
     @model_validator(mode="after")
     def _window_fits(self) -> "RewardTuning":
         self.window.span(self.rollout.num_steps)
+        return self
+
+    @model_validator(mode="after")
+    def _objects_can_be_shown(self) -> "RewardTuning":
+        if self.shown is None:
+            return self
+        if self.train.unet is not None or self.train.text_encoder_2 is not None:
+            raise ValueError("shown: the object encoder's UNet draws; allowed to train: text_encoder alone")
+        if self.prefix.mode != "worker":
+            raise ValueError(f'shown: prefix.mode = "{self.prefix.mode}" knows of no object; allowed: worker')
         return self
 
     @model_validator(mode="after")
@@ -214,6 +235,8 @@ class PolicyGradient(RewardTuning):
             raise ValueError(f"window: {other[0]} is for gradients of rewards; allowed here: {', '.join(fixed)}")
         if self.rollout.solver == "dpm_solver_2m":
             raise ValueError('rollout.solver = "dpm_solver_2m" has no stochastic steps; allowed: ddim, euler')
+        if self.shown is not None:
+            raise ValueError('shown: not with policy gradients; allowed: task.kind = "reward_tuning"')
         if self.prefix.mode != "worker":
             raise ValueError(f'prefix.mode = "{self.prefix.mode}" holds one sample a prompt; allowed: worker')
         if self.composition.weights != "given" or self.composition.conflicts != "sum":
@@ -277,6 +300,8 @@ class ObjectEncoder(Section):
     """
 
     kind: Literal["object_encoder"]
+    domain: str = ""
+    """What kind of objects it learns, in your words ("dogs"): a label, in its registered versions."""
     image_encoder: str
     """A frozen CLIP: a folder, a hub id, or `micro:NAME`."""
     tokens: Literal["pooled", "patches"] = "patches"

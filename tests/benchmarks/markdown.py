@@ -65,6 +65,27 @@ def _spread(found: Sequence[float]) -> str:
     return f"{median(found):.2f} ({min(found):.2f}, {max(found):.2f})"
 
 
+def objects(details: Mapping) -> str:
+    """What the method claims of an object encoder, with the paired difference and the verdict."""
+    head = [
+        "",
+        "| claim | metric | encoder | other | difference [95 % interval] | verdict |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows = []
+    for own in details["compared"]:
+        if "verdict" not in own:
+            continue
+        if "effect" not in own:
+            rows.append(f"| {own['said']} | | | | | **{own['verdict']}**: {own['reason']} |")
+            continue
+        low, high = own["ci95"]
+        change = f"{own['effect']:+.2f} [{low:+.2f}, {high:+.2f}]"
+        said = f"| {own['said']} | {own['metric']} | {own['encoder']:.2f} | {own['other']:.2f} "
+        rows.append(f"{said}| {change} | **{own['verdict']}** |")
+    return "\n".join([*head, *rows])
+
+
 def _nothing(details: Mapping) -> str:
     return ""
 
@@ -74,6 +95,7 @@ TITLES = {
     "rewards": "The micro recipe's step with its rewards in the trainer, and as Ray actors.",
     "search": "`recipes/micro_search.toml`; gains in the true quality, on held-out prompts and fresh noise.",
     "scale": "The micro recipe, one thread a worker; prompts made by resampling the public sets.",
+    "object": "Held-out objects, one reference each; judged by the identity scorer and the referee.",
     "serve": "The micro model in bf16 and strict mode, client and server on this machine; medians over 3 seeds.",
 }
 FIGURES: dict[str, dict[str, tuple[str, str, str]]] = {
@@ -100,6 +122,28 @@ FIGURES: dict[str, dict[str, tuple[str, str, str]]] = {
         "mix_gain_share": ("gain of the best mixture over the winner's", ".2f", "≥ 0.9"),
         "mix_compute_share": ("its time, trainings included, over the search's", ".2f", "≤ 0.25"),
         "prefix_cache_time_ratio": ("training time with the shared prefix cache over without", ".2f", "≤ 0.6"),
+    },
+    "object": {
+        "loss_matched": ("loss on the object, shown another picture of it", ".3f", "< none"),
+        "loss_none": ("the same, shown nothing", ".3f", "< shuffled"),
+        "loss_shuffled": ("the same, shown another object", ".3f", ""),
+        "copy_gap": ("loss with another picture over that with the target itself, less 1", "+.2%", "≤ 2 %"),
+        "position_correlation": ("correlation of the object's place with that in the reference", "+.2f", "≤ 0.1"),
+        "identity_accuracy": ("pictures with all of the object's attributes right", ".2f", ""),
+        "identity_accuracy_text_only": ("the same from the prompt alone", ".2f", ""),
+        "near_identical_accuracy": ("nearer to the reference than to a nearly identical object", ".2f", ""),
+        "prompt_accuracy": ("pictures with all right that the prompt asks for", ".2f", ""),
+        "prompt_accuracy_text_only": ("the same with the object off", ".2f", ""),
+        "copied_background": ("pictures with the reference's background where another is asked for", ".2f", ""),
+        "seconds_per_object": ("processor seconds for a new object", ".3f", ""),
+        "seconds_per_object_textual_inversion": ("the same, Textual Inversion", ".1f", ""),
+        "seconds_per_object_dreambooth": ("the same, DreamBooth", ".1f", "≥ 100 × the encoder's"),
+        "bytes_per_object_dreambooth": (
+            "bytes stored for each object by DreamBooth; the encoder stores none",
+            ".0f",
+            "",
+        ),
+        "base_accuracy_change": ("text-to-image accuracy with the object off, less the base's", "+.3f", "≥ −0.02"),
     },
     "scale": {
         "weak_scaling_2": ("images/s of 2 workers over twice one worker's", ".2f", "≥ 0.9"),
@@ -136,7 +180,7 @@ FIGURES: dict[str, dict[str, tuple[str, str, str]]] = {
     },
 }
 """By benchmark and key: what the figure is, its format and what was aimed at."""
-EXTRA: dict[str, Callable[[Mapping], str]] = {"train": replays, "serve": rates}
+EXTRA: dict[str, Callable[[Mapping], str]] = {"train": replays, "serve": rates, "object": objects}
 
 
 if __name__ == "__main__":

@@ -1,124 +1,251 @@
 """An object encoder on held-out identities -> `runs/bench/object.json`: the steady gauges, and what it draws.
 
-`python -m benchmarks.object RUN [--self-pairs RUN]`. Losses are on fixed noise; pictures are judged by the
-identity scorer and, for what their prompts say, by the referee, neither of which shares anything with the encoder.
-`text_only` is the same model with the object off.
+`python -m benchmarks.object RUN [--self-pairs RUN] [--adapter-only RUN] [--fitted N]`. Losses are on fixed noise.
+Pictures are compared on the same references, prompts and noise: of the encoder, of the same model with the object off
+(`text_only`), of other runs, and of Textual Inversion and DreamBooth, which are fitted to `N` objects each.
 """
 
 import argparse
 import json
 import time
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks import per_object
 from benchmarks.harness import write
-from craftor import seeds
+from benchmarks.object_drawing import BATCH, Asked, Judges, Scores, asked, in_batches, without_position
+from craftor import checkpoint
+from craftor.claims.effects import Effect, verdict_of
 from craftor.customize import Customizer, Guidance, load
 from craftor.locate import locate
 from craftor.object_gauges import HeldOut, gauge
 from craftor.pictures import save_sheet
-from craftor_micro.captions import Description, describe
-from craftor_micro.identity import IdentityScorer
+from craftor.recipe import load_run
+from craftor.statistics import mean, paired
+from craftor_micro.captions import Description
 from craftor_micro.identity_training import draw_identities
 from craftor_micro.object_render import cut_out, render_views
-from craftor_micro.objects import Views, sample_views, scene_captions
-from craftor_micro.referee import Referee
+from craftor_micro.objects import sample_views, scene_captions
 
-SEED, BATCH = 5, 25
-WITHOUT_COLOUR = ("count", "shape", "size", "position", "background", "texture")
+SEED, VIEWS = 5, 4
+"""`VIEWS`: pictures that a per-object method gets of each object; an encoder gets one."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--self-pairs", type=Path, help="A run on pairs whose reference is the target.")
+    parser.add_argument("--adapter-only", type=Path, help='A run with task.unet = "frozen".')
     parser.add_argument("--gauged", type=int, default=256, help="Held-out pictures for the losses.")
-    parser.add_argument("--drawn", type=int, default=100, help="Held-out identities drawn into new scenes; 0 for none.")
+    parser.add_argument("--drawn", type=int, default=100, help="Held-out identities, each drawn into one scene.")
+    parser.add_argument("--fitted", type=int, default=10, help="Of them Textual Inversion and DreamBooth learn; or 0.")
+    parser.add_argument("--scenes", type=int, default=10, help="Scenes for each of these.")
     parser.add_argument("--object-weight", type=float, default=4.0)
     parser.add_argument("--text-weight", type=float, default=4.0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     started = time.perf_counter()
-    customizer, _ = load(arguments.run)
-    held_out = held_out_pictures(arguments.gauged)
-    found = gauge(customizer, held_out, SEED)
-    figures = {name: value for name, value in found.items() if isinstance(value, float)}
-    details: dict = {name: value for name, value in found.items() if isinstance(value, dict)}
-    if arguments.self_pairs:
-        other = gauge(load(arguments.self_pairs)[0], held_out, SEED)
-        figures["copy_gap_self_pairs"] = other["copy_gap"]
-        details["self_pairs"] = other
-    if arguments.drawn:
-        guidance = Guidance(20, arguments.text_weight, arguments.object_weight)
-        figures |= draw(customizer, arguments.drawn, guidance, arguments.run / "customized.png")
-    details["run"] = str(arguments.run)
+    runs = {"": arguments.run, "_no_cross_reference": arguments.self_pairs, "_adapter_only": arguments.adapter_only}
+    customizers = {name: load(run) for name, run in runs.items() if run is not None}
+    guidance = Guidance(20, arguments.text_weight, arguments.object_weight)
+    figures, details = gauges(customizers, held_out_pictures(arguments.gauged))
+    _tell(figures, started)
+    details["runs"] = {name or "run": _trained(run) for name, run in runs.items() if run is not None}
+    details["guidance"] = asdict(guidance)
+    judges = Judges()
+    scores, more = drawings(customizers, arguments.drawn, guidance, judges, arguments.run)
+    figures |= more
+    _tell(more, started)
+    fitted: dict[str, Scores] = {}
+    if arguments.fitted:
+        fitted, more = per_object_methods(customizers[""], arguments.fitted, arguments.scenes, guidance, judges)
+        figures |= more
+        _tell(more, started)
+    figures["base_accuracy_change"] = base_accuracy_change(customizers[""], judges)
+    details["compared"] = comparisons(scores, fitted, arguments.scenes)
     path = write("object", figures=figures, details=details, started=started)
-    print(json.dumps(figures, indent=2), path)
+    print(json.dumps({**figures, "compared": details["compared"]}, indent=2), path)
 
 
 def held_out_pictures(num: int) -> HeldOut:
     """Views of held-out identities with other views of them, on the neutral fill."""
-    views, others = _two_views(num, SEED)
+    identity = draw_identities(num, SEED, held_out=True)
+    views, others = sample_views(identity, SEED + 1), sample_views(identity, SEED + 2)
     rendered = render_views(views, SEED)
     return HeldOut(
         rendered.images, rendered.masks, scene_captions(views, SEED), cut_out(render_views(others, SEED + 1))
     )
 
 
-@torch.no_grad()
-def draw(customizer: Customizer, num: int, guidance: Guidance, sheet: Path) -> dict[str, float]:
-    """Each held-out identity in the scene of another view of it; shares of pictures that show both as they should."""
-    views, others = _two_views(num, SEED + 100)
-    references = cut_out(render_views(others, SEED + 101))
-    prompts, described = scene_captions(views, SEED + 102), describe(views.scenes)
-    noise = seeds.normal(SEED, range(num), "drawn", customizer.diffuser.latent_shape)
-    scorer, referee = IdentityScorer.load(locate("micro:identity")), Referee.load(locate("micro:referee"))
+def gauges(customizers: Mapping[str, Customizer], held_out: HeldOut) -> tuple[dict[str, float], dict[str, Any]]:
+    """Losses of the main run; of the others the losses as details and the copy gap as a figure."""
     figures: dict[str, float] = {}
-    pictures: dict[str, Tensor] = {}
-    for name, shown in (("", references), ("_text_only", None)):
-        made = torch.cat(
-            [
-                customizer.generate(
-                    [prompts[i] for i in rows], None if shown is None else shown[rows], noise[rows], guidance
-                ).clamp(0, 1)
-                for rows in torch.arange(num).split(BATCH)
-            ]
-        )
-        pictures[name] = made
-        for key, value in scorer.judge(made, views.attributes()).items():
-            figures[f"{key}_accuracy{name}"] = value.mean().item()
-        judged = referee.judge(made, [_without_colour(description) for description in described])
-        said = torch.stack([judged[key] for key in ("size", "position", "background", "texture")])
-        figures[f"prompt_accuracy{name}"] = (said == 1).all(0).float().mean().item()
-        for key in WITHOUT_COLOUR:
-            figures[f"prompt_{key}{name}"] = judged[key].nanmean().item()
-        read = referee.read(made).descriptions
-        for key, of in (("layout", "position"), ("background", "background")):
-            figures[f"copied_{of}{name}"] = _copied(read, described, describe(others.scenes), key)
-    rows = torch.stack(
-        [references[:16], pictures[""][:16], pictures["_text_only"][:16], render_views(views).images[:16]]
-    )
-    save_sheet(rows.flatten(0, 1), sheet, columns=16)
-    return figures
+    details: dict[str, Any] = {}
+    for name, customizer in customizers.items():
+        found = gauge(customizer, held_out, SEED)
+        details[f"gauges{name}"] = found
+        if name == "":
+            figures |= {key: value for key, value in found.items() if isinstance(value, float)}
+    if "_no_cross_reference" in customizers:
+        figures["copy_gap_self_pairs"] = details["gauges_no_cross_reference"]["copy_gap"]
+    return figures, details
 
 
-def _copied(read: list[Description], asked: list[Description], shown: list[Description], key: str) -> float:
-    """How often a picture has an attribute of the reference where its prompt asks for another; chance is one in all."""
-    pairs = [
-        getattr(seen, key) == getattr(reference, key)
-        for seen, prompt, reference in zip(read, asked, shown, strict=True)
-        if getattr(prompt, key) != getattr(reference, key)
+def drawings(
+    customizers: Mapping[str, Customizer], num: int, guidance: Guidance, judges: Judges, run: Path
+) -> tuple[dict[str, Scores], dict[str, float]]:
+    """Each of `num` objects in one scene, by every run and with the object off; a sheet of some beside the run."""
+    of = asked(num, 1, SEED + 100, customizers[""].diffuser.latent_shape)
+    draw = {name: _by(customizer, of, guidance) for name, customizer in customizers.items()}
+    draw["_text_only"] = _by(customizers[""], of, guidance, shown=False)
+    made = {name: in_batches(function, num) for name, function in draw.items()}
+    scores = {name: judges(pictures, of) for name, pictures in made.items()}
+    columns = [of.references, *made.values(), render_views(of.views).images]
+    save_sheet(torch.stack([column[:12] for column in columns]).flatten(0, 1), run / "customized.png", columns=12)
+    figures = {f"{key}_accuracy{name}": float(np.nanmean(s[key])) for name, s in scores.items() for key in ACCURACIES}
+    figures |= {f"{key}{name}": float(np.nanmean(s[key])) for name, s in scores.items() for key in COPIED}
+    for name in customizers:
+        silent = without_position(of)
+        pictures = in_batches(_by(customizers[name], silent, guidance), num)
+        figures[f"position_correlation{name}"] = judges.position_correlation(pictures, silent)
+    return scores, figures
+
+
+ACCURACIES = ("identity", "shape", "colour", "second_colour", "pattern", "near_identical", "prompt")
+COPIED = ("copied_position", "copied_background")
+
+
+def per_object_methods(
+    customizer: Customizer, num: int, scenes: int, guidance: Guidance, judges: Judges
+) -> tuple[dict[str, Scores], dict[str, float]]:
+    """Textual Inversion and DreamBooth, fitted to some pictures of each object, and the encoder, on the same scenes."""
+    of = asked(num, scenes, SEED + 200, customizer.diffuser.latent_shape)
+    # Not the reference, and none of the scenes that are asked for.
+    views = sample_views(of.views.identity()[::scenes].repeat_interleave(VIEWS), SEED + 300)
+    images, captions = render_views(views, SEED + 301).images, scene_captions(views, SEED + 302)
+    began = time.process_time()
+    made = {"": in_batches(_by(customizer, of, guidance), len(of))}
+    seconds = {"": (time.process_time() - began) / num}
+    figures: dict[str, float] = {}
+    for name, fit in METHODS.items():
+        pictures, taken, stored = [], 0.0, 0
+        for i in range(num):
+            own, rows = slice(i * VIEWS, (i + 1) * VIEWS), slice(i * scenes, (i + 1) * scenes)
+            fitted = fit(customizer.diffuser, per_object.Pictures(images[own], captions[own]), seed=SEED + i)
+            began = time.process_time()
+            pictures.append(fitted.draw(of.prompts[rows], of.noise[rows]))
+            taken += fitted.seconds + time.process_time() - began
+            stored = fitted.num_bytes
+            figures[f"fit_seconds{name}"] = figures.get(f"fit_seconds{name}", 0.0) + fitted.seconds / num
+        made[name] = torch.cat(pictures).clamp(0, 1)
+        seconds[name] = taken / num
+        figures[f"bytes_per_object{name}"] = stored
+    encoding = _encoding_seconds(customizer, of)
+    figures |= {f"seconds_per_object{name}": figures.get(f"fit_seconds{name}", encoding) for name in made}
+    figures |= {f"seconds_with_pictures{name}": value for name, value in seconds.items()}
+    figures["bytes_per_object"] = 0.0
+    scores = {name: judges(pictures, of) for name, pictures in made.items()}
+    # The encoder's figures on these few objects are details: its own are those of more.
+    figures |= {
+        f"{key}_accuracy{name or '_on_fitted'}": float(np.nanmean(s[key]))
+        for name, s in scores.items()
+        for key in ACCURACIES
+    }
+    every = slice(None, None, scenes)
+    columns = [
+        of.references[every],
+        *(pictures[every] for pictures in made.values()),
+        render_views(of.views[every]).images,
     ]
-    return sum(pairs) / len(pairs)
+    save_sheet(torch.stack(columns).flatten(0, 1), Path("runs/bench/object_methods.png"), columns=num)
+    return scores, {name: value for name, value in figures.items() if not name.startswith("fit_seconds")}
 
 
-def _without_colour(description: Description) -> Description:
-    return replace(description, objects=(replace(description.objects[0], colour=None),))
+METHODS: dict[str, Callable[..., per_object.Fitted]] = {
+    "_textual_inversion": per_object.textual_inversion,
+    "_dreambooth": per_object.dreambooth,
+}
 
 
-def _two_views(num: int, seed: int) -> tuple[Views, Views]:
-    identity = draw_identities(num, seed, held_out=True)
-    return sample_views(identity, seed + 1), sample_views(identity, seed + 2)
+def base_accuracy_change(customizer: Customizer, judges: Judges, num: int = 200) -> float:
+    """What the referee reads with the object off, less what it reads of the base, on held-out one-object prompts."""
+    lines = Path(locate("micro:held_out.jsonl")).read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if len(row["description"]["objects"]) == 1][:num]
+    described, prompts = [Description.from_json(row["description"]) for row in rows], [row["prompt"] for row in rows]
+    of = asked(len(rows), 1, SEED + 400, customizer.diffuser.latent_shape)
+    tuned = in_batches(
+        lambda r: customizer.generate([prompts[i] for i in r], None, of.noise[r], Guidance(20, 4.0, 4.0)), len(rows)
+    )
+    base = in_batches(lambda r: per_object.drawn(customizer.diffuser, [prompts[i] for i in r], of.noise[r]), len(rows))
+    after, before = (judges.referee.judge(made, described)["accuracy"].mean().item() for made in (tuned, base))
+    return after - before
+
+
+def comparisons(scores: Mapping[str, Scores], fitted: Mapping[str, Scores], scenes: int) -> list[dict[str, Any]]:
+    """What the method claims, each with the paired difference, its interval over objects, and a verdict."""
+    rows = []
+    for said, other, keys in CLAIMED:
+        found, per = (scores, 1) if other in scores else (fitted, scenes)
+        if other not in found:
+            rows.append({"said": said, "verdict": "undecided", "reason": "not measured"})
+            continue
+        for key in keys:
+            base, own = (found[name][key].reshape(-1, per) for name in (other, ""))
+            compared = paired(base, own)
+            effect = Effect(compared["delta"], tuple(compared["ci95"]))
+            row = {"said": said, "metric": key, "encoder": compared["tuned"], "other": compared["base"]}
+            rows.append({**row, **asdict(effect), "verdict": verdict_of(effect, "above")})
+    rows.append(
+        {"said": "the encoder's own", **{key: mean(scores[""][key][:, None]) for key in ("identity", "prompt")}}
+    )
+    return rows
+
+
+CLAIMED = (
+    ("one pass beats text alone", "_text_only", ("identity",)),
+    ("one pass beats Textual Inversion", "_textual_inversion", ("identity", "prompt")),
+    ("one pass beats DreamBooth", "_dreambooth", ("identity", "prompt")),
+    ("cross-reference beats self-pairs", "_no_cross_reference", ("identity", "prompt")),
+    ("the whole network beats the adapter alone", "_adapter_only", ("identity", "prompt")),
+)
+
+
+def _by(customizer: Customizer, of: Asked, guidance: Guidance, shown: bool = True) -> Callable[[Tensor], Tensor]:
+    return lambda rows: customizer.generate(
+        [of.prompts[i] for i in rows], of.references[rows] if shown else None, of.noise[rows], guidance
+    )
+
+
+def _tell(figures: Mapping[str, float], started: float) -> None:
+    """A part takes minutes: what it found is shown at once."""
+    print(
+        f"{time.perf_counter() - started:.0f} s", json.dumps({k: round(v, 4) for k, v in figures.items()}), flush=True
+    )
+
+
+def _trained(run: Path) -> dict[str, Any]:
+    """Which run it is, and how far it went: one that was stopped has fewer steps than its recipe."""
+    last, recipe = checkpoint.latest(run), load_run(run)
+    assert last is not None
+    asked_for = {"num_steps": recipe.run.num_steps, "batch_size": recipe.run.batch_size}
+    return {"run": str(run), "step": checkpoint.step_of(last), **asked_for}
+
+
+def _encoding_seconds(customizer: Customizer, of: Asked) -> float:
+    """Of the processor, for one reference to its tokens: all that an encoder does for a new object."""
+    references = of.references[:BATCH]
+    customizer.encoder(references[:1])
+    began = time.process_time()
+    for reference in references:
+        customizer.encoder(reference[None])
+    return (time.process_time() - began) / len(references)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from craftor.recipe import RecipeError, load_run
+from craftor.recipe import RecipeError
 
 app = typer.Typer()
 
@@ -34,7 +34,9 @@ def customize(
     image: Annotated[Path, typer.Option(help="A picture of the object; its transparency is its mask.")],
     prompt: Annotated[str, typer.Option(help="The scene to put it in.")],
     mask: Annotated[Path | None, typer.Option(help="Where the object is: white, or opaque.")] = None,
-    encoder: Annotated[Path, typer.Option(help="A run of an object encoder.")] = Path("runs/micro-object-encoder"),
+    encoder: Annotated[str, typer.Option(help="An object encoder: a run, a bundle, or models:/NAME@ALIAS.")] = (
+        "runs/micro-object-encoder"
+    ),
     out: Annotated[Path, typer.Option(help="The picture, or a sheet of several.")] = Path("customized.png"),
     num: Annotated[int, typer.Option(min=1, help="Pictures to make.")] = 4,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
@@ -42,16 +44,24 @@ def customize(
     object_weight: Annotated[float, typer.Option(min=0, help="Guidance by the object.")] = 4.0,
     object_from: Annotated[int, typer.Option(min=0, help="First denoising step that sees the object.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
+    mix: Annotated[
+        list[str] | None, typer.Option(help="A tuned text encoder and its weight: models:/NAME@ALIAS=0.5; or several.")
+    ] = None,
 ) -> None:
     """Put the object of one picture into new ones, in one pass of its encoder."""
     for path in (image, *([mask] if mask else [])):
         if not path.is_file():
             raise RecipeError(f"{path}: no such file")
-    load_run(encoder)
+    mixture = dict(_weighted(text) for text in mix or [])
     from craftor.customize import Guidance, customize_file
 
-    print(
-        customize_file(
-            image, mask, prompt, encoder, out, num, seed, Guidance(steps, text_weight, object_weight, object_from)
-        )
-    )
+    guidance = Guidance(steps, text_weight, object_weight, object_from)
+    print(customize_file(image, mask, prompt, encoder, out, num, seed, guidance, mixture))
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    name, _, weight = text.rpartition("=")
+    try:
+        return name, float(weight)
+    except ValueError:
+        raise RecipeError(f"--mix {text}: expected ENCODER=WEIGHT, for example models:/style@champion=0.5") from None

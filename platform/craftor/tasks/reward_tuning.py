@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from craftor.scoring import Elsewhere, Scoring
 from craftor.solver import add_noise, begun_at
 from craftor.stream import Rows
 
+if TYPE_CHECKING:
+    from craftor.shown_objects import ShownObjects
+
 
 class RewardTuningTask:
     """The original encoder conditions the steps outside the window, the trained one those inside."""
@@ -37,7 +41,8 @@ class RewardTuningTask:
         # Steps inside the window see what trains, beside what was tuned before, beside the base's own.
         known = {**self.diffuser.encoders, **before, **dict(self.module.items())}
         self.tuned = {name: known[name] for name in self.diffuser.encoders}
-        unet = known.get("unet")
+        self.shown = self._shown(recipe.seed)
+        unet = self.shown.unet if self.shown else known.get("unet")
         self.guided = self.diffuser.guided(self.settings.rollout, unet)
         self.scoring = Scoring(self.settings, recipe.guards, self.diffuser.device, elsewhere or {})
         self.batch_size = recipe.run.batch_size
@@ -107,8 +112,20 @@ class RewardTuningTask:
         with torch.no_grad():
             original = self._encode(self.diffuser.encoders, rows)
         if all(self.tuned[name] is encoder for name, encoder in self.diffuser.encoders.items()):
-            return original, original  # the UNet alone trains
-        return original, self._encode(self.tuned, rows)
+            tuned = original  # the UNet alone trains
+        else:
+            tuned = self._encode(self.tuned, rows)
+        if self.shown is None:
+            return original, tuned
+        original, tuned = self.shown.beside((original, tuned), rows.position)
+        return original, tuned
+
+    def _shown(self, seed: int) -> "ShownObjects | None":
+        if self.settings.shown is None:
+            return None
+        from craftor.shown_objects import ShownObjects  # with it comes MLflow, which other workers need not load
+
+        return ShownObjects(self.settings.shown, seed, self.diffuser)
 
     def _encode(self, encoders: Mapping[str, nn.Module], rows: Rows) -> Prompt:
         """The empty prompt is one more row, or zeros."""
