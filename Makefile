@@ -86,10 +86,13 @@ bench-serve: .venv/.dev
 	PYTHONPATH=tests $(BIN)/python -W ignore -m benchmarks.serve
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.markdown serve
 
-# Of a run of recipes/micro_object_encoder.toml.
+# Of a run of recipes/micro_object_encoder.toml, and of one like it whose references are their own targets:
+# craftor_micro.build object-pairs --self-pairs --num 24000 --seed 2 --out runs/micro/self_pairs, then
+# craftor train recipes/micro_object_encoder.toml --out runs/micro-object-self --set data.path=runs/micro/self_pairs
 .PHONY: bench-object
 bench-object: .venv/.dev
-	PYTHONPATH=tests $(BIN)/python -W ignore -m benchmarks.object runs/micro-object-encoder
+	PYTHONPATH=tests $(BIN)/python -W ignore -m benchmarks.object runs/micro-object-encoder --self-pairs runs/micro-object-self
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.markdown object
 
 clean:
 	rm -rf .venv runs dist
