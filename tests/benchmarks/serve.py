@@ -12,7 +12,7 @@ it; among mixtures nobody finds equals.
 import argparse
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--poisson-seconds", type=float, default=45, help="of load for each latency figure")
     parser.add_argument("--soak-seconds", type=float, default=600)
     parser.add_argument("--fuzz-examples", type=int, default=400, help="of each operation")
+    parser.add_argument("--rates", metavar="w3,w4", help="the throughput of these workloads alone: nothing is written")
     parser.add_argument("--quick", action="store_true", help="two minutes, to see that it runs: no figures to quote")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -71,6 +72,9 @@ def main() -> None:
     console = Console(width=120)
 
     base = load(MODEL).hold_rounded()
+    if arguments.rates:
+        print_rates(base, arguments, console)
+        return
     figures, details = in_process(base, arguments, console)
     details["settings"] = vars(arguments)
 
@@ -105,34 +109,12 @@ def main() -> None:
 
 def in_process(base: Diffuser, arguments: argparse.Namespace, console: Console) -> tuple[dict, dict]:
     """Throughput of every workload and server, and the engine's latency under load."""
-    encoders = [Share(noisy_encoder(base, seed), 0.25, (999, 0)) for seed in range(4)]
+    encoders = noisy_shares(base)
     seen = Overhead()
-    settings = EngineSettings(bucket=arguments.bucket, queue_seconds=1e6)
-    engine = Engine(base, settings, seen).start()
+    engine = Engine(base, EngineSettings(bucket=arguments.bucket, queue_seconds=1e6), seen).start()
     size = max(1, engine.capacity // 2)
-    servers = [
-        Continuous(engine),
-        Grouped(base, "grouped", size),
-        Grouped(base, "wide", 4 * size),
-        Grouped(base, "serial", 1, wait=0.0),
-    ]
-    rates: dict[str, dict[str, list[float]]] = {w: {s.name: [] for s in servers} for w in WORKLOADS}
-    for name in set(WORKLOADS) - {"w3"}:
-        del rates[name]["wide"]
-    shares: list[float] = []
-    calls: list[float] = []
-    for seed in range(arguments.seeds):
-        for name in WORKLOADS:
-            asks = workload(name, arguments.requests, seed, encoders)
-            horizon = sum(engine.cost(ask.request) for ask in asks)
-            for server in servers[seed:] + servers[:seed]:
-                if server.name in rates[name]:
-                    before = full_call(engine) if (name, server.name) == ("w4", "continuous") else []
-                    found = run(server, asks, rate=None, horizon=horizon, seed=seed)
-                    rates[name][server.name].append(found.rate)
-                    if before:
-                        calls.append(float(np.median(before + full_call(engine))))
-                        shares.append(found.rate * work(asks).mean() * calls[-1] / engine.capacity)
+    servers = servers_of(base, engine)
+    rates, shares, calls = saturated(engine, servers, WORKLOADS, arguments, encoders)
     for server in servers[1:]:
         server.stop()
     overhead = seen.rest / seen.network
@@ -171,6 +153,67 @@ def in_process(base: Diffuser, arguments: argparse.Namespace, console: Console) 
     return figures, details
 
 
+def print_rates(base: Diffuser, arguments: argparse.Namespace, console: Console) -> None:
+    """The table of some workloads, and their ratios."""
+    engine = Engine(base, EngineSettings(bucket=arguments.bucket, queue_seconds=1e6), Overhead()).start()
+    servers, names = servers_of(base, engine), arguments.rates.split(",")
+    rates, _, _ = saturated(engine, servers, names, arguments, noisy_shares(base))
+    for server in servers[1:]:
+        server.stop()
+    engine.stop()
+    console.print(table(rates))
+    for name in names:
+        for other in list(rates[name])[1:]:
+            each = ", ".join(f"{a / b:.2f}" for a, b in zip(rates[name]["continuous"], rates[name][other], strict=True))
+            console.print(
+                f"{name} over {other}: {ratio(rates[name], 'continuous', other):.3f} ({each})", highlight=False
+            )
+
+
+def noisy_shares(base: Diffuser) -> list[Share]:
+    """Four encoders in equal parts."""
+    return [Share(noisy_encoder(base, seed), 0.25, (999, 0)) for seed in range(4)]
+
+
+def servers_of(base: Diffuser, engine: Engine) -> list[Continuous | Grouped]:
+    """The engine; batches that fill the same UNet call; batches four times as wide; one request at a time."""
+    size = max(1, engine.capacity // 2)
+    return [
+        Continuous(engine),
+        Grouped(base, "grouped", size),
+        Grouped(base, "wide", 4 * size),
+        Grouped(base, "serial", 1, wait=0.0),
+    ]
+
+
+def saturated(
+    engine: Engine,
+    servers: list[Continuous | Grouped],
+    names: Sequence[str],
+    arguments: argparse.Namespace,
+    encoders: list[Share],
+) -> tuple[dict[str, dict[str, list[float]]], list[float], list[float]]:
+    """Images/s of each workload and server, seed by seed; in w4 the engine's share of full calls, and their seconds."""
+    kept = {name: [s for s in servers if s.name != "wide" or name == "w3"] for name in names}
+    rates: dict[str, dict[str, list[float]]] = {name: {s.name: [] for s in own} for name, own in kept.items()}
+    shares: list[float] = []
+    calls: list[float] = []
+    for seed in range(arguments.seeds):
+        for name in names:
+            asks = workload(name, arguments.requests, seed, encoders)
+            horizon = sum(engine.cost(ask.request) for ask in asks)
+            first = seed % len(servers)
+            for server in servers[first:] + servers[:first]:
+                if server in kept[name]:
+                    before = full_call(engine) if (name, server.name) == ("w4", "continuous") else []
+                    found = run(server, asks, rate=None, horizon=horizon, seed=seed)
+                    rates[name][server.name].append(found.rate)
+                    if before:
+                        calls.append(float(np.median(before + full_call(engine))))
+                        shares.append(found.rate * work(asks).mean() * calls[-1] / engine.capacity)
+    return rates, shares, calls
+
+
 def full_call(engine: Engine, times: int = 10) -> list[float]:
     """Seconds of UNet calls of a full bucket and of nothing else; the engine must have nothing to do."""
     plain, shape = network(engine.base, engine.base.latent_shape), engine.base.latent_shape
@@ -192,10 +235,11 @@ def ratio(rates: dict[str, list[float]], ours: str, theirs: str) -> float:
 def table(rates: dict[str, dict[str, list[float]]]) -> Table:
     out = Table(title="images/s at saturation, one core: median over seeds (least, most)", title_justify="left")
     out.add_column("workload")
-    for server in rates["w3"]:
+    servers = list(max(rates.values(), key=len))
+    for server in servers:
         out.add_column(server, justify="right")
     for name, row in rates.items():
-        found = (row.get(server) for server in rates["w3"])
+        found = (row.get(server) for server in servers)
         out.add_row(name, *(f"{np.median(r):.2f} ({min(r):.2f}, {max(r):.2f})" if r else "" for r in found))
     return out
 
