@@ -119,7 +119,8 @@ def test_a_stock_pipeline_loads_what_was_saved(tiny: Path, tmp_path: Path, token
     )
     ours = copy.deepcopy(task.diffuser.unet)
     ours.load_state_dict(object_adapter.without_adapter(task.unet).state_dict())
-    ours.set_attn_processor(AttnProcessor2_0())  # the pipeline's
+    ours.set_attn_processor(AttnProcessor2_0())  # the pipeline's, as is its layout
+    ours.to(memory_format=torch.contiguous_format)
     object_adapter.install(ours, object_adapter.extract(task.unet))
     text = torch.randn(2, 24, 16, generator=torch.Generator().manual_seed(2))
     shown = task.image_encoder(torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(4)))

@@ -10,13 +10,12 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 def set_attention(unet: UNet2DConditionModel, choice: str, device: torch.device, *, reduced: bool = False) -> str:
     """Set a UNet's attention and return its name; `auto` is xformers where it can run, else sdpa.
 
-    In `reduced` precision on CPU `auto` is eager: the fused kernel's backward is slow there.
-
     Raises ValueError saying why when xformers is asked for where it cannot run.
     """
     if choice == "auto":
-        on_cpu = "eager" if reduced else "sdpa"
-        choice = on_cpu if device.type == "cpu" else "sdpa" if xformers_obstacle(unet, device) else "xformers"
+        choice = "eager" if eager_is_faster(device, reduced) else "sdpa"
+        if device.type != "cpu" and not xformers_obstacle(unet, device):
+            choice = "xformers"
     if choice == "xformers":
         if obstacle := xformers_obstacle(unet, device):
             raise ValueError(f'model.attention = "xformers": {obstacle}; allowed here: auto, sdpa, eager')
@@ -24,6 +23,11 @@ def set_attention(unet: UNet2DConditionModel, choice: str, device: torch.device,
     else:
         unet.set_attn_processor(AttnProcessor() if choice == "eager" else AttnProcessor2_0())
     return choice
+
+
+def eager_is_faster(device: torch.device, reduced: bool) -> bool:
+    """In reduced precision on CPU, where the fused kernel's backward is slow."""
+    return device.type == "cpu" and reduced
 
 
 def xformers_obstacle(unet: UNet2DConditionModel, device: torch.device) -> str | None:

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from craftor import checkpoint, object_adapter, object_condition, registry, seeds, tracking, trainable, uploads
-from craftor.attention import set_attention
+from craftor.attention import eager_is_faster, set_attention
 from craftor.decode import decode
 from craftor.denoise import Prompt
 from craftor.diffuser import Diffuser, freeze
@@ -152,7 +152,7 @@ def assemble(diffuser: Diffuser, folder: Path) -> Customizer:
     tuned = any((folder / name).is_dir() for name in ("unet", trainable.LORA_FOLDER))
     unet: Any = trainable.load(diffuser, folder)["unet"] if tuned else copy.deepcopy(diffuser.unet)
     set_attention(unet, "auto", diffuser.device, reduced=diffuser.precision != torch.float32)
-    object_adapter.install(unet, state, eager=diffuser.device.type == "cpu")
+    object_adapter.install(unet, state, eager=eager_is_faster(diffuser.device, diffuser.precision != torch.float32))
     return Customizer(diffuser, freeze(unet), encoder)
 
 

@@ -60,7 +60,7 @@ def initial(unet: UNet2DConditionModel, embed_dim: int, tokens: Tokens, seed: in
 def install(unet: UNet2DConditionModel, state: State, *, eager: bool = False) -> None:
     """Put an adapter into a UNet in place, by diffusers' own loader.
 
-    `eager` chooses batched-matmul attention, faster in both directions on a CPU; the loader's is fused. Raises
+    `eager` chooses batched-matmul attention (see `attention.eager_is_faster`); the loader's is fused. Raises
     ValueError where the adapter is of a form without null, or was made for another architecture.
     """
     tokens_of(state)

@@ -26,7 +26,7 @@ class Decoder:
 
     def __init__(self, base: Diffuser, preview: Preview, finished: Callable[[Row], None]) -> None:
         self._vae, self._preview, self._finished = base.vae, preview, finished
-        self._device, self._reduced = base.device.type, base.precision == torch.bfloat16
+        self._precision = torch.bfloat16 if base.precision == torch.bfloat16 else torch.float32
         self._queue: queue.SimpleQueue[tuple[Row, Tensor, bool, int] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="craftor-decoder", daemon=True)
         self._thread.start()
@@ -64,8 +64,7 @@ class Decoder:
                 self._finished(row)
 
     def _picture(self, latents: Float[Tensor, "c h w"]) -> Float[Tensor, "3 H W"]:
-        with torch.autocast(self._device, torch.bfloat16, enabled=self._reduced):
-            return decode(self._vae, latents[None])[0].float()
+        return decode(self._vae, latents[None], self._precision)[0].float()
 
 
 def previewer(base: Diffuser, latents: Float[Tensor, "b c h w"]) -> Preview:

@@ -22,6 +22,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from craftor import object_adapter, object_condition, seeds, trainable
+from craftor.attention import eager_is_faster
 from craftor.diffuser import Diffuser, assert_frozen, load
 from craftor.embed import embed
 from craftor.object_condition import ImageEncoder
@@ -163,5 +164,5 @@ def build(diffuser: Diffuser, settings: ObjectEncoder, seed: int) -> tuple[UNet2
                 f"task.adapter = {settings.adapter!r}: made for {found} of width {width}, but task.tokens and "
                 f"task.image_encoder give {settings.tokens} of width {encoder.width}"
             )
-    object_adapter.install(unet, state, eager=diffuser.device.type == "cpu")
+    object_adapter.install(unet, state, eager=eager_is_faster(diffuser.device, diffuser.precision != torch.float32))
     return unet, encoder
