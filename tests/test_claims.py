@@ -44,8 +44,7 @@ def test_methods_differ_in_what_they_say_and_share_the_budget(tmp_path: Path) ->
     assert {r.run.num_steps * r.run.batch_size for n, r in recipes.items() if n != "ddpo"} == {256}
     assert {r.seed for r in recipes.values()} == {2} and not any(r.register_as for r in recipes.values())
     assert {(r.evaluation.num_prompts, r.evaluation.num_seeds) for r in recipes.values() if r.evaluation} == {(96, 2)}
-    # All three tune by reward: only such tasks have parts that train.
-    text, unet, both = (recipes[name].task.train.parts.keys() for name in ("textcraftor", "unet", "both"))  # type: ignore[union-attr]
+    text, unet, both = (set(recipes[name].data_of()["task"]["train"]) for name in ("textcraftor", "unet", "both"))
     assert text | unet == both == {"text_encoder", "unet"}
     direct = recipes["direct"]
     assert direct.task.kind == "direct_tuning" and direct.data.path == str(tmp_path)

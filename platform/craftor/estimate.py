@@ -178,9 +178,8 @@ def pipeline_parts(recipe: Recipe) -> dict[str, Part]:
             config = CLIPTextConfig.from_pretrained(folder, subfolder=name, attn_implementation="eager")
             length = config.max_position_embeddings
             encoder, ids = family(config), torch.zeros(1, length, dtype=torch.int64)
-            # mypy infers no type for a lambda with defaults.
-            # mypy infers no type for a lambda whose defaults bind the loop's values.
-            parts[name] = measure(encoder.requires_grad_(name in trains), lambda e=encoder, i=ids: e(i)[0])  # type: ignore[misc]
+            encoder.requires_grad_(name in trains)
+            parts[name] = measure(encoder, partial(_embeds, encoder, ids))
         embeds = torch.randn(rows, length, unet.config.cross_attention_dim, requires_grad=True)
         added = None
         if unet.config.addition_embed_type == "text_time":
@@ -232,6 +231,10 @@ def counting() -> FlopCounterMode:
     counter: Any = FlopCounterMode(display=False, custom_mapping={**FLOPS, **ATTENTION_FLOPS})
     counter.mod_tracker = Whole()
     return counter
+
+
+def _embeds(encoder: nn.Module, ids: Tensor) -> Tensor:
+    return encoder(ids)[0]
 
 
 def measure(module: nn.Module, run: Callable[[], Tensor]) -> Part:

@@ -126,8 +126,8 @@ def _train(
             elastic_resize_monitor_interval_s=recipe.workers.resize_s,
         ),
         datasets={"rows": stream.read(rows)},
-        # Every worker sees the whole ordered stream and takes its slots: see `stream`.
         validation_config=validation.config(recipe, run_dir),
+        # Every worker sees the whole ordered stream and takes its slots: see `stream`.
         dataset_config=DataConfig(datasets_to_split=[], execution_options=context.execution_options),
         run_config=RunConfig(
             name="ray",
@@ -260,7 +260,9 @@ def _steps(config: dict[str, Any], run_dir: Path) -> None:
                 task.assert_frozen()
                 idle = [name for name, p in trained.items() if p.grad is None]
                 assert not idle, f"no gradient reaches {idle}: it would not train"
-            then, moved = Next.STEP, drift(task.module, original)
+            then = Next.STEP
+            # Of shards, all workers measure it together; of whole parts, the one that tells it.
+            moved = drift(task.module, original) if lead is not None or blank is not None else 0.0
             if lead is not None:
                 lr = optimizer.param_groups[0]["lr"]
                 figures = {"step": step, **figures, "grad_norm": norm.item(), "lr": lr, "drift": moved}

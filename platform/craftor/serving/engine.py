@@ -230,8 +230,8 @@ class Engine:
         return self.base.latent_shape[0], height, width
 
     def _lane(self, row: Row) -> Lane:
-        # A size has as many entries as it has; latents have three.
-        shape: Shape = tuple(row.latents.shape)  # type: ignore[assignment]
+        channels, height, width = row.latents.shape
+        shape: Shape = (channels, height, width)
         if shape not in self._lanes:
             seconds = {size: self._pixels(shape) * self.profile[size] for size in self.sizes}
             self._lanes[shape] = Lane(network(self.base, shape), seconds)
