@@ -84,10 +84,12 @@ def prepare(recipe: Recipe, folder: Path) -> Shared:
     assert isinstance(recipe.task, RewardTuning) and recipe.search is not None
     search, concurrent = recipe.search, recipe.search.concurrent * recipe.workers.most
     starts = _starts(recipe) if search.share_prefix else [0]
-    # On a worker's device, beside the prefixes.
-    base = ray.remote(num_cpus=1, num_gpus=int(recipe.workers.gpu))(judge_base).remote(
-        recipe.model_dump(by_alias=True), str((folder / "judge").resolve()), min(starts)
-    )
+    judged = []
+    if not (folder / "judge" / BASE).exists():
+        # On a worker's device, beside the prefixes.
+        begin = ray.remote(num_cpus=1, num_gpus=int(recipe.workers.gpu))(judge_base)
+        where = str((folder / "judge").resolve())
+        judged.append(begin.remote(recipe.model_dump(by_alias=True), where, min(starts)))
     diffuser = load_diffuser(recipe.model)
     prepared = _rows(recipe, diffuser, folder)
     caches = {stop: str((folder / "prefix" / f"to-{stop}").resolve()) for stop in starts} if search.share_prefix else {}
@@ -100,7 +102,7 @@ def prepare(recipe: Recipe, folder: Path) -> Shared:
         parts = min(SAMPLES_PER_PART, share)
         num_cached = fill_several(longest, prepared, made_from, caches, concurrent, parts)
     filled = time.monotonic() - started
-    ray.get(base)
+    ray.get(judged)
     return Shared(recipe, folder, prepared, caches, num_cached, filled)
 
 

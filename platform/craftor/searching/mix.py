@@ -175,8 +175,9 @@ def _run(recipe: Recipe, found: list[Ingredient], out: Path) -> Mixed:
     recipe = recipe.model_copy(update={"search": search})
     judge, resources = out / "judge", search.resources or {"CPU": 1, "GPU": int(recipe.workers.gpu)}
     with ray_session(search.concurrent):
-        begin = ray.remote(num_cpus=1, num_gpus=int(recipe.workers.gpu))(judge_base)
-        ray.get(begin.remote(recipe.model_dump(by_alias=True), str(judge.resolve()), search.mix.earliest))
+        if not (judge / BASE).exists():
+            begin = ray.remote(num_cpus=1, num_gpus=int(recipe.workers.gpu))(judge_base)
+            ray.get(begin.remote(recipe.model_dump(by_alias=True), str(judge.resolve()), search.mix.earliest))
         base = json.loads((judge / BASE).read_text())["scores"]
         space = mix_space(recipe, found)
         study = Study(
