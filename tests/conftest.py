@@ -1,15 +1,30 @@
 """Tiny random models with the real classes, saved in the real layout; one Ray cluster for all tests that need one."""
 
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_worker_niceness", "0")
+# Ray Train asks its workers every two seconds whether they have ended: many runs here take no longer.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 torch.set_num_threads(1)
+# Examples are not timed: tests beside these have the cores too.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files whose tests start processes first: they take longest, and the others fill what pytest-xdist has left."""
+    long = {item.path for item in items if item.get_closest_marker("ray")}
+    items.sort(key=lambda item: item.path not in long)
 
 
 def save_tiny_pipeline(folder: Path, family: str = "sd1") -> Path:
@@ -184,3 +199,42 @@ def cluster() -> Iterator[None]:
 
     with ray_session(num_workers=4):
         yield
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tiny: Path, cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `watched_runs.SHORT` that nothing disturbed."""
+    from watched_runs import SHORT
+
+    return _made_once(tmp_path_factory, "undisturbed", lambda folder: _run(tiny, folder, SHORT))
+
+
+@pytest.fixture(scope="session")
+def undisturbed_of_two(tiny: Path, cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of two workers, by `watched_runs.TWO`."""
+    from watched_runs import TWO, long_epochs
+
+    return _made_once(
+        tmp_path_factory, "undisturbed-of-two", lambda folder: _run(tiny, folder, TWO | long_epochs(folder))
+    )
+
+
+def _made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Path]) -> Path:
+    """What `make` makes in a folder, by the first of pytest-xdist's processes that wants it."""
+    own = factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / name
+    with FileLock(f"{folder}.lock"):
+        made = folder / "made"
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            made.write_text(str(make(folder)))
+        return Path(made.read_text())
+
+
+def _run(tiny: Path, folder: Path, changes: dict[str, Any]) -> Path:
+    from craftor import job
+    from craftor.recipe import load
+
+    path = write_tiny_recipe(tiny, folder)
+    return job.train(load(path, changes), path, folder / "run").run_dir

@@ -13,46 +13,18 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
+from mlflow.server.constants import ARTIFACT_ROOT_ENV_VAR, BACKEND_STORE_URI_ENV_VAR
 
-from conftest import write_tiny_recipe
-from craftor import job, ledger, storage, tracking
+from craftor import job, storage, tracking
 from craftor.recipe import load
 from craftor.run_files import notes
 from craftor.straggler import FACTOR, STEPS, Pace
-from watched_runs import assert_same_weights, doing, lines, long_epochs, num_steps, processes, wait_for
-
-SHORT = {"run.num_steps": 12, "register": None}
-TWO = {"workers.num": 2, "run.num_steps": 60, "register": None}
+from watched_runs import SHORT, TWO, assert_undisturbed, doing, long_epochs, num_steps, processes, wait_for
 
 
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory, tiny: Path, cluster: None) -> Path:
-    """A run that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    path = write_tiny_recipe(tiny, folder)
-    return job.train(load(path, SHORT), path, folder / "run").run_dir
-
-
-@pytest.fixture(scope="module")
-def expected_of_two(tmp_path_factory: pytest.TempPathFactory, tiny: Path, cluster: None) -> Path:
-    """The same of two workers."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    path = write_tiny_recipe(tiny, folder)
-    return job.train(load(path, TWO | long_epochs(folder, 80)), path, folder / "run").run_dir
-
-
-def assert_undisturbed(ours: Path, expected: Path) -> None:
-    """Bit for bit, every step written down once, every sample used once."""
-    assert_same_weights(ours, expected)
-    assert [line["loss"] for line in lines(ours)] == [line["loss"] for line in lines(expected)]
-    assert ledger.audit(ours) == ledger.audit(expected)
-
-
-@pytest.mark.slow
 @pytest.mark.ray
-def test_a_killed_prefix_actor_is_replaced(expected: Path, tiny_recipe: Path, tmp_path: Path) -> None:
+def test_a_killed_prefix_actor_is_replaced(undisturbed: Path, tiny_recipe: Path, tmp_path: Path) -> None:
     out, killed = tmp_path / "run", []
 
     def kill() -> None:
@@ -64,7 +36,7 @@ def test_a_killed_prefix_actor_is_replaced(expected: Path, tiny_recipe: Path, tm
     with doing(kill):
         job.train(load(tiny_recipe, SHORT | {"task.prefix": {"mode": "stage"}}), tiny_recipe, out)
     assert killed
-    assert_undisturbed(out, expected)
+    assert_undisturbed(out, undisturbed)
 
 
 @pytest.fixture
@@ -82,9 +54,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
 def test_a_full_disk_costs_the_checkpoints_that_do_not_fit(
-    expected: Path, small_disk: Path, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    undisturbed: Path, small_disk: Path, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run's home is full from the first step to the ninth of twelve, and its disk is another than the worker's."""
     monkeypatch.setattr(storage, "FIRST_PAUSE", 0.001)
@@ -113,12 +84,11 @@ def test_a_full_disk_costs_the_checkpoints_that_do_not_fit(
     assert all("No space left on device" in said for said in notes(out)) and notes(out)
     assert not (home / "checkpoints" / "step-000004" / "manifest.json").exists()
     assert (home / "checkpoints" / "step-000012" / "manifest.json").exists()
-    assert_undisturbed(out, expected)
+    assert_undisturbed(out, undisturbed)
 
 
 @pytest.mark.ray
-@pytest.mark.slow
-def test_each_straggler_is_named(expected_of_two: Path, tiny_recipe: Path, tmp_path: Path) -> None:
+def test_each_straggler_is_named(undisturbed_of_two: Path, tiny_recipe: Path, tmp_path: Path) -> None:
     """One worker after the other gets a tenth of its time, until it is reported."""
     out = tmp_path / "run"
 
@@ -134,11 +104,11 @@ def test_each_straggler_is_named(expected_of_two: Path, tiny_recipe: Path, tmp_p
                 time.sleep(0.05)
 
     with doing(slow_down):
-        job.train(load(tiny_recipe, TWO | long_epochs(tmp_path, 80)), tiny_recipe, out)
+        job.train(load(tiny_recipe, TWO | long_epochs(tmp_path)), tiny_recipe, out)
     named = [re.fullmatch(r"worker (\d) on [\d.]+ takes ([\d.]+) times as long as the others.*", n) for n in notes(out)]
     assert sorted(found[1] for found in named if found) == ["0", "1"] and len(named) == 2
     assert all(float(found[2]) > FACTOR for found in named if found)
-    assert_undisturbed(out, expected_of_two)
+    assert_undisturbed(out, undisturbed_of_two)
 
 
 # Ray with a small object store, which fills when the fifth step is done: what does not fit goes to the disk.
@@ -168,23 +138,31 @@ ray.shutdown()
 
 
 @pytest.mark.ray
-@pytest.mark.slow
-def test_a_full_object_store_stops_nobody(expected_of_two: Path, tiny_recipe: Path, tmp_path: Path) -> None:
+def test_a_full_object_store_stops_nobody(undisturbed_of_two: Path, tiny_recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     with (tmp_path / "log").open("wb") as log:
         subprocess.run(
-            [sys.executable, "-c", CROWDED, str(tiny_recipe), str(out), json.dumps(TWO | long_epochs(tmp_path, 80))],
+            [sys.executable, "-c", CROWDED, str(tiny_recipe), str(out), json.dumps(TWO | long_epochs(tmp_path))],
             env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
             check=True,
             timeout=200,
             stdout=log,
             stderr=log,
         )
-    assert_undisturbed(out, expected_of_two)
+    assert_undisturbed(out, undisturbed_of_two)
+
+
+# MLflow's server without the processes for jobs and for itself again that `mlflow server` starts.
+SERVER = """
+import sys
+from mlflow.server import app
+from werkzeug.serving import run_simple
+
+run_simple("127.0.0.1", int(sys.argv[1]), app, threaded=True)
+"""
 
 
 @pytest.mark.ray
-@pytest.mark.slow
 def test_mlflow_may_be_away_for_a_while(
     cluster: None, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,10 +206,10 @@ def test_a_straggler_is_told_once_until_it_recovers() -> None:
 
 
 def start_mlflow(folder: Path, port: int) -> subprocess.Popen:
+    stores = {BACKEND_STORE_URI_ENV_VAR: f"sqlite:///{folder / 'server.db'}", ARTIFACT_ROOT_ENV_VAR: str(folder / "a")}
     server = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-        + ["--backend-store-uri", f"sqlite:///{folder / 'server.db'}", "--default-artifact-root", str(folder / "a")],
-        env=os.environ | {"MLFLOW_TRACKING_URI": ""},
+        [sys.executable, "-c", SERVER, str(port)],
+        env=os.environ | {"MLFLOW_TRACKING_URI": ""} | stores,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -240,12 +218,10 @@ def start_mlflow(folder: Path, port: int) -> subprocess.Popen:
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", port)) == 0
 
-    wait_for(answers)
+    wait_for(answers, server)
     return server
 
 
 def stop(server: subprocess.Popen) -> None:
-    if server.poll() is None:
-        for process in [*psutil.Process(server.pid).children(recursive=True), psutil.Process(server.pid)]:
-            process.kill()
-        server.wait()
+    server.kill()
+    server.wait()

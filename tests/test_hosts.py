@@ -16,16 +16,18 @@ from pathlib import Path
 import psutil
 import pytest
 
+import patient
 from craftor import checkpoint, job, ledger
 from craftor.recipe import load
 from watched_runs import TRAIN, assert_close, end, last_step, long_epochs, num_steps, num_workers, wait_for
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[1]
 RAY = Path(sys.executable).with_name("ray")
 NUM_HOSTS = 3
 # A host that is gone is noticed in ten seconds instead of a minute; workers do not give way to what else runs here.
 HASTE = {"RAY_health_check_period_ms": "500", "RAY_health_check_timeout_ms": "1500", "RAY_worker_niceness": "0"}
+HASTE |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
 
 
 def ip(*arguments: str) -> str:
@@ -109,7 +111,7 @@ def hosts() -> Iterator[Hosts]:
     if os.geteuid() or shutil.which("ip") is None:
         pytest.skip("network namespaces need root and iproute2")
     env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
-    env |= {"PYTHONPATH": os.pathsep.join([str(ROOT / "platform"), str(ROOT / "rewards")]), **HASTE}
+    env |= {**patient.environment(0.3, ROOT / "platform", ROOT / "rewards"), **HASTE}
     # A head wants a token from whoever joins it, unless told otherwise.
     env |= {"GLOO_SOCKET_IFNAME": "eth0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     made = Hosts(Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp")), env)
@@ -124,21 +126,24 @@ def hosts() -> Iterator[Hosts]:
         shutil.rmtree(made.folder, ignore_errors=True)
 
 
+@pytest.mark.usefixtures("cluster")
 def test_a_host_may_be_cut_off_and_come_back(hosts: Hosts, tiny_recipe: Path, tmp_path: Path) -> None:
     """Two hosts train, then one, then two again; the ledger is whole, and the losses are those of one worker."""
     changes = {
-        **long_epochs(tmp_path, 512),
+        **long_epochs(tmp_path, 1024),
         "run.num_steps": 100_000,
-        "run.batch_size": 16,
-        "run.checkpoint_every": 10,
+        "run.checkpoint_every": 4,
         "optimizer.cosine_from": 1.0,
         "optimizer.lr": 1e-5,
     }
     out, log = tmp_path / "runs" / "hosts", tmp_path / "log"
     tiny_recipe.write_text(tiny_recipe.read_text().replace("register = {", "# register = {"))
-    for host in range(NUM_HOSTS):
+    patient.watch(tiny_recipe)
+    hosts.start_ray(0, log)
+    wait_for(partial(hosts.has_raylet, 0))
+    for host in range(1, NUM_HOSTS):
         hosts.start_ray(host, log)
-        wait_for(partial(hosts.has_raylet, host))
+    wait_for(lambda: all(map(hosts.has_raylet, range(NUM_HOSTS))))
     elastic = [*(f"{key}={value}" for key, value in changes.items()), "workers.num=[1,2]", "workers.resize_s=2"]
     hosts.env["RAY_ADDRESS"] = f"{hosts.address(0)}:6379"
     driver = hosts.run(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import ray
 
+import patient
 from craftor import checkpoint, fit, job, ledger
 from craftor.cluster import TooFewResources, await_workers
 from craftor.interruption import Listener, Next, heeding_sigterm
@@ -87,7 +88,6 @@ cluster.shutdown()
 """
 
 
-@pytest.mark.slow
 def test_workers_of_uneven_shares_give_the_losses_of_one(cluster: None, tiny_recipe: Path, tmp_path: Path) -> None:
     """A range of counts takes what there is room for: three workers, for batches of four."""
     short = {"run.num_steps": 5, "register": None, "optimizer.cosine_from": 1.0}
@@ -120,21 +120,21 @@ def test_a_run_that_ends_early_is_not_done(tiny_recipe: Path, tmp_path: Path, mo
         fit.fit(load(tiny_recipe), tmp_path, tmp_path / "rows", 8)
 
 
-@pytest.mark.slow
 def test_a_run_shrinks_and_grows_with_its_nodes(tiny_recipe: Path, tmp_path: Path) -> None:
     changes = {
-        **long_epochs(tmp_path, 512),
+        **long_epochs(tmp_path, 1024),
         "workers.num": [1, 2],
         "workers.resize_s": 2.0,
         "run.num_steps": 100_000,
-        "run.batch_size": 16,
-        "run.checkpoint_every": 10,
+        "run.checkpoint_every": 4,
         "optimizer.cosine_from": 1.0,
         "optimizer.lr": 1e-5,
         "register": None,
     }
     out, events = tmp_path / "run", tmp_path / "events.json"
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    env |= patient.environment(0.3)
+    patient.watch(tiny_recipe)
     with (tmp_path / "log").open("wb") as log:
         program = [sys.executable, "-c", PROGRAM, str(tiny_recipe), str(out), str(events), json.dumps(changes)]
         subprocess.run(program, env=env, check=True, timeout=900, stdout=log, stderr=log)

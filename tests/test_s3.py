@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from craftor import job, ledger
-from craftor.recipe import load
-from watched_runs import TRAIN, assert_same_weights, end, last_step, lines, long_epochs, num_steps, wait_for
+import patient
+from craftor import ledger
+from watched_runs import TRAIN, TWO, assert_same_weights, end, last_step, lines, long_epochs, num_steps, wait_for
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
-HOME = "s3://runs/tiny"
+pytestmark = pytest.mark.ray
+HOME, NUM_STEPS = "s3://runs/tiny", TWO["run.num_steps"]
 # moto's S3 behind a door that keeps everybody waiting, and turns three calls of ten away once the file exists.
 SERVER = """
 import random, sys, time
@@ -73,16 +73,22 @@ def store(tmp_path: Path) -> Iterator[Store]:
         end(server)
 
 
-def test_a_run_stopped_on_a_bad_s3_goes_on_from_there(store: Store, tiny_recipe: Path, tmp_path: Path) -> None:
+def test_a_run_stopped_on_a_bad_s3_goes_on_from_there(
+    store: Store, undisturbed_of_two: Path, tiny_recipe: Path, tmp_path: Path
+) -> None:
     """SIGTERM to a driver with two workers, the last step saved; `--resume s3://…` in a folder that has nothing."""
     here, there = tmp_path / "runs" / "here", tmp_path / "elsewhere" / "there"
-    short = {**long_epochs(tmp_path, 80), "run.num_steps": 40, "run.checkpoint_every": 10}
-    changes = {**short, "workers.num": 2, "run.storage": HOME}
+    patient.watch(tiny_recipe)
+    changes = {**TWO, **long_epochs(tmp_path), "run.checkpoint_every": 20, "run.storage": HOME}
+    del changes["register"]  # this one is registered
     sets = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
     store.trouble.touch()
     with (tmp_path / "log").open("wb") as log:
         first = subprocess.Popen(
-            [*TRAIN, str(tiny_recipe), "--out", str(here), *sets], env=store.env, stdout=log, stderr=log
+            [*TRAIN, str(tiny_recipe), "--out", str(here), *sets],
+            env=store.env | patient.environment(0.3),
+            stdout=log,
+            stderr=log,
         )
         try:
             wait_for(lambda: num_steps(here) >= 1, first)
@@ -93,15 +99,13 @@ def test_a_run_stopped_on_a_bad_s3_goes_on_from_there(store: Store, tiny_recipe:
         finally:
             end(first)
         stopped = last_step(here)
-        assert 0 < stopped < 40
+        assert 0 < stopped < NUM_STEPS
         # The second machine has its own MLflow file: the first one's run is not in it.
-        again = store.env | {"MLFLOW_TRACKING_URI": f"sqlite:///{here.parent / 'mlflow.db'}"}
+        again = store.env | patient.environment(0.0) | {"MLFLOW_TRACKING_URI": f"sqlite:///{here.parent / 'mlflow.db'}"}
         resumed = [*TRAIN, "--resume", HOME, "--out", str(there)]
         subprocess.run(resumed, env=again, check=True, timeout=600, stdout=log, stderr=log)
     print(f"{len(store.refused.read_text().splitlines())} calls refused, stopped at step {stopped}")
-    assert last_step(there) == 40
-    assert [line["step"] for line in lines(there)] == [*range(1, 41)]
-    undisturbed = load(tiny_recipe, {**changes, "run.storage": None, "register": None})
-    plain = job.train(undisturbed, tiny_recipe, tmp_path / "plain").run_dir
-    assert_same_weights(there, plain)
-    assert ledger.audit(there) == ledger.audit(plain)
+    assert last_step(there) == NUM_STEPS
+    assert [line["step"] for line in lines(there)] == [*range(1, NUM_STEPS + 1)]
+    assert_same_weights(there, undisturbed_of_two)
+    assert ledger.audit(there) == ledger.audit(undisturbed_of_two)

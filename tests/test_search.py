@@ -290,7 +290,6 @@ def found(tiny: Path, tmp_path_factory: pytest.TempPathFactory, cluster: None) -
     return search(load(path, overrides), path, folder / "runs" / "tiny-search")
 
 
-@pytest.mark.slow
 @pytest.mark.ray
 def test_a_search_registers_its_best_and_records_what_failed(found: Any) -> None:
     states = {trial.number: trial.state for trial in found.trials}
@@ -322,7 +321,6 @@ def test_a_search_registers_its_best_and_records_what_failed(found: Any) -> None
     assert (bundle / "text_encoder" / "model.safetensors").is_file()
 
 
-@pytest.mark.slow
 @pytest.mark.ray
 def test_a_search_goes_on_where_it_was_interrupted(found: Any, tmp_path: Path) -> None:
     """The last trial was running, one step done; what had ended is not touched, and the outcome is the same bits."""
@@ -355,7 +353,6 @@ def test_a_search_goes_on_where_it_was_interrupted(found: Any, tmp_path: Path) -
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.slow
 @pytest.mark.ray
 def test_mixtures_are_searched_without_training(found: Any, tmp_path: Path) -> None:
     from craftor.searching.mix import resume_mix, search_mix
@@ -366,6 +363,7 @@ def test_mixtures_are_searched_without_training(found: Any, tmp_path: Path) -> N
     sources.append(str(trial_folder(found.folder, best) / "bundle"))
     path = found.folder / "recipe.toml"
     overrides = {"search.searcher": "tpe", "search.objectives": [{"metric": "pick"}, {"metric": "clip"}]}
+    overrides["search.concurrent"] = 1
     mixed = search_mix(load(path, overrides), path, sources, tmp_path / "mix")
     assert len(mixed.trials) == 4 and all(trial.state == "finished" for trial in mixed.trials)
     first, second, equal = mixed.trials[:3]

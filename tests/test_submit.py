@@ -3,23 +3,21 @@
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
 
 from craftor import checkpoint
 from craftor.fit import METRICS
+from watched_runs import end, num_steps, wait_for
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = pytest.mark.ray
 RAY = Path(sys.executable).with_name("ray")
 ROOT = Path(__file__).parents[1]
 NUM_STEPS = 60
@@ -71,14 +69,12 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     )
     made = Head(f"http://127.0.0.1:{dashboard}", env)
     try:
-        wait_for(lambda: made.ray("job", "list", "--address", made.address).returncode == 0)
+        # Each question is a process of three seconds: none before somebody listens.
+        wait_for(lambda: listens(dashboard), process)
+        wait_for(lambda: made.ray("job", "list", "--address", made.address).returncode == 0, process)
         yield made
     finally:
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        process.send_signal(signal.SIGTERM)
-        _, alive = psutil.wait_procs(family, timeout=10)
-        for member in alive:
-            member.kill()
+        end(process)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -101,10 +97,11 @@ def test_submit_follow_stop_and_submit_again(head: Head, tiny_recipe: Path, tmp_
     sets = [part for change in changes for part in ("--set", change)]
     begun = head.submit("train", str(tiny_recipe), "--out", str(out), *sets, submission_id="first", wait=False)
     assert begun.returncode == 0, begun.stderr
-    wait_for(
-        lambda: (out / METRICS).exists() and len((out / METRICS).read_text().splitlines()) > 1,
-        lambda: head.ray("job", "logs", "--address", head.address, "first").stdout,
-    )
+    try:
+        wait_for(lambda: num_steps(out) > 1, seconds=90)
+    except AssertionError:
+        print(head.ray("job", "logs", "--address", head.address, "first").stdout)
+        raise
     stopped = head.ray("job", "stop", "--address", head.address, "first")
     assert stopped.returncode == 0, stopped.stderr
     logs = head.ray("job", "logs", "--address", head.address, "first").stdout
@@ -127,8 +124,6 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def wait_for(condition: Callable[[], bool], logs: Callable[[], str] = str, seconds: float = 90) -> None:
-    started = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started < seconds, f"waited too long\n{logs()}"
-        time.sleep(0.1)
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

@@ -18,6 +18,10 @@ from craftor import checkpoint, ledger
 from craftor.fit import METRICS
 
 TRAIN = [sys.executable, "-m", "craftor", "train"]
+SHORT = {"run.num_steps": 12, "register": None}
+"""Recipe changes of `conftest.undisturbed`."""
+TWO = {"workers.num": 2, "run.num_steps": 60, "register": None}
+"""Recipe changes of `conftest.undisturbed_of_two`, with those of `long_epochs`."""
 
 
 class doing:
@@ -50,7 +54,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen | None = N
         time.sleep(0.05)
 
 
-def long_epochs(folder: Path, num_rows: int) -> dict[str, str]:
+def long_epochs(folder: Path, num_rows: int = 80) -> dict[str, str]:
     """Recipe changes: as many prompts, for every epoch begins by starting the processes that read its rows."""
     path = folder / f"{num_rows}.txt"
     path.write_text("".join(f"a red star above {number} rings\n" for number in range(num_rows)))
@@ -89,6 +93,13 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 def assert_same_weights(ours: Path, expected: Path) -> None:
     found, wanted = weights(ours), weights(expected)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def assert_undisturbed(ours: Path, expected: Path) -> None:
+    """Bit for bit, every step written down once, every sample used once."""
+    assert_same_weights(ours, expected)
+    assert [line["loss"] for line in lines(ours)] == [line["loss"] for line in lines(expected)]
+    assert ledger.audit(ours) == ledger.audit(expected)
 
 
 def assert_close(ours: Path, expected: Path) -> None:
