@@ -4,7 +4,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # One arithmetic thread per process: workers set their own, and results are reproducible bit for bit.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install dev quickstart check format test test-ray test-rest test-slow clean
+.PHONY: install dev quickstart check format test clean
 .PHONY: bench-train bench-rewards bench-search bench-scale bench-serve
 
 install: .venv/.installed
@@ -40,19 +40,9 @@ format: .venv/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Tests that start processes wait more than they compute: the others fill the second core meanwhile.
+# Tests that start processes also wait for them: three files at a time keep two cores busy, in the order of tests/conftest.py.
 test: .venv/.dev
-	$(MAKE) --jobs 2 --output-sync=target test-ray test-rest
-
-test-ray: .venv/.dev
-	$(BIN)/pytest -m 'ray and not slow'
-
-test-rest: .venv/.dev
-	$(BIN)/pytest -m 'not ray and not slow' -p no:cacheprovider
-
-# Whole searches, deployments and clusters on this machine, and what befalls them: processes, nodes and networks lost.
-test-slow: .venv/.dev
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: claims
 # Trains every method three times: about 80 minutes on two cores, and goes on where it was interrupted.

@@ -211,7 +211,6 @@ def small(tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.ray
-@pytest.mark.slow
 def test_claims_are_tested_once(cluster: None, small: Budget, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped after the second run, and started again: nothing is trained twice."""
     out = tmp_path / "claims"

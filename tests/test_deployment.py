@@ -162,7 +162,6 @@ def ask(url: str, *, job: str | None = None, **body: object) -> httpx.Response:
     )
 
 
-@pytest.mark.slow
 @pytest.mark.ray
 def test_replicas_agree_cancel_and_come_back(url: str) -> None:
     body = {"seed": 1, "steps": 4, "mix": {"tuned": 0.5}}

@@ -318,7 +318,6 @@ def accuracy(task: RewardTuningTask, num_prompts: int = 60) -> float:
     return judged["accuracy"].mean().item()
 
 
-@pytest.mark.slow
 def test_a_guard_stops_over_optimisation_before_the_exact_scorer_falls_by_five_points() -> None:
     """The trained sum rises throughout; its CLIP term falls 2 % when accuracy hardly has, and 10 % when it has."""
     recipe = over_optimised()

@@ -240,7 +240,6 @@ def test_a_reward_that_cannot_start_says_why(settings: dict[str, Reward], cluste
 
 
 @pytest.mark.ray
-@pytest.mark.slow
 def test_a_run_on_actors_is_the_inline_run_until_a_reward_fails(
     cluster: None, tiny_recipe: Path, tmp_path: Path
 ) -> None:

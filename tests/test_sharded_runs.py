@@ -14,7 +14,7 @@ from craftor.recipe import load
 from craftor.run_files import notes
 from craftor.sharded_checkpoint import SHARDS
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("cluster")]
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 
 PROMPTS = ("a small red star", "a large blue ring", "a large red star")
 WHOLE = {"task.train": {"unet": {}}, "optimizer.cosine_from": 1.0, "run.checkpoint_every": 2, "register": None}
