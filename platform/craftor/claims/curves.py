@@ -1,7 +1,8 @@
-"""How fast methods gain: the reward that two of them train, against samples and against seconds of training."""
+"""How fast methods gain: one reward, trained or only measured, against samples and against seconds of training."""
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 import matplotlib
@@ -14,6 +15,7 @@ from craftor.run_files import METRICS
 
 Curve = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Samples, seconds and the smoothed reward, by step; the mean over seeds."""
+LINES = list(product(("-", "--", ":"), (LIGHT.accent, LIGHT.ink, LIGHT.muted)))
 
 
 def curve(runs: Sequence[Path], metric: str) -> Curve:
@@ -44,8 +46,8 @@ def draw(path: Path, metric: str, curves: Mapping[str, Curve]) -> Path:
         figure = Figure(figsize=(9, 3.4), dpi=150, layout="constrained", facecolor="white")
         for panel, (axis, position) in enumerate((("samples", 0), ("seconds of training", 1)), start=1):
             axes = figure.add_subplot(1, 2, panel)
-            for (name, found), shade in zip(curves.items(), (LIGHT.accent, LIGHT.muted, LIGHT.ink), strict=False):
-                axes.plot(found[position], found[2], label=name, color=shade, linewidth=1.8)
+            for (name, found), (line, shade) in zip(curves.items(), LINES, strict=False):
+                axes.plot(found[position], found[2], label=name, color=shade, linestyle=line, linewidth=1.8)
             axes.set_xlabel(axis)
             axes.set_ylabel(f"{metric}, training prompts")
             axes.legend(frameon=False)

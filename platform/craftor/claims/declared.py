@@ -70,9 +70,9 @@ CLAIMS: dict[str, Claim] = {
         _over("textcraftor", "engineered:engineered", {"accuracy": "above", "clip": "above", "quality": "told"}),
     ),
     "C4": Claim(
-        "It beats DDPO at equal samples",
+        "It beats DDPO at equal compute",
         _over("preference", "ddpo", {"quality": "above", "preference": "above", "accuracy": "not_below"}),
-        curves=("preference", "ddpo"),
+        curves=("preference", "ddpo", "textcraftor", "unet", "both"),
     ),
     "C5": Claim(
         "Text encoder and UNet together beat either alone",
