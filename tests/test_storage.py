@@ -16,11 +16,11 @@ from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.torch import load_file
 
 from craftor import checkpoint, job, ledger, storage
-from craftor.fit import METRICS, TrainingStopped, tell
 from craftor.recipe import load
-from craftor.run_files import notes
+from craftor.run_files import METRICS, notes
 from craftor.saver import CheckpointMissed, Saver
 from craftor.storage import StorageError
+from craftor.worker import TrainingStopped, tell
 
 URL = "memory://home/run"
 

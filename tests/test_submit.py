@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from craftor import checkpoint
-from craftor.fit import METRICS
+from craftor.run_files import METRICS
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 RAY = Path(sys.executable).with_name("ray")
