@@ -83,7 +83,7 @@ def claims(
     ] = None,
     plan_only: Annotated[bool, typer.Option("--plan", help="Only say what each claim needs and takes.")] = False,
     steps: Annotated[
-        int, typer.Option(min=1, help="Optimiser steps of the first method; others take as many as cost the same.")
+        int, typer.Option(min=1, help="Optimiser steps of the reference; others take as many as cost the same.")
     ] = 20,
     batch: Annotated[int, typer.Option(min=1, help="Samples a step.")] = 24,
     seeds: Annotated[int, typer.Option(min=1, help="Training seeds.")] = 3,
