@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from craftor import checkpoint, job, ledger, registry, tracking
-from craftor.fit import METRICS, TrainingStopped
+from craftor.fit import TrainingStopped
 from craftor.recipe import RecipeError, load
+from craftor.run_files import METRICS
 from watched_runs import processes
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]

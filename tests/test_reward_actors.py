@@ -17,7 +17,7 @@ import torch
 from pydantic import ValidationError
 
 from craftor import checkpoint, inputs
-from craftor.fit import METRICS, TrainingStopped, fit
+from craftor.fit import TrainingStopped, fit
 from craftor.recipe import Recipe, RecipeError, load
 from craftor.reward_actors import (
     Replicas,
@@ -30,6 +30,7 @@ from craftor.reward_actors import (
     to_tensor,
 )
 from craftor.reward_settings import RUNTIME_ENV, Reward
+from craftor.run_files import METRICS
 from craftor.scoring import ScoreAndGradient, inline
 from craftor_rewards import build
 

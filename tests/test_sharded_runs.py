@@ -9,9 +9,8 @@ from safetensors.torch import load_file
 
 from conftest import write_tiny_recipe
 from craftor import checkpoint, job, ledger, tracking, validation
-from craftor.fit import METRICS
 from craftor.recipe import load
-from craftor.run_files import notes
+from craftor.run_files import METRICS, notes
 from craftor.sharded_checkpoint import SHARDS
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]

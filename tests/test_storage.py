@@ -14,11 +14,11 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from craftor import checkpoint, job, storage
-from craftor.fit import METRICS, TrainingStopped, tell
 from craftor.recipe import load
-from craftor.run_files import notes
+from craftor.run_files import METRICS, notes
 from craftor.saver import CheckpointMissed, Saver
 from craftor.storage import StorageError
+from craftor.worker import TrainingStopped, tell
 from watched_runs import SHORT, assert_undisturbed
 
 URL = "memory://home/run"

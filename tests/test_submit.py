@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from craftor import checkpoint
-from craftor.fit import METRICS
+from craftor.run_files import METRICS
 from watched_runs import end, num_steps, wait_for
 
 pytestmark = pytest.mark.ray

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from craftor import checkpoint, ledger
-from craftor.fit import METRICS
+from craftor.run_files import METRICS
 
 TRAIN = [sys.executable, "-m", "craftor", "train"]
 SHORT = {"run.num_steps": 12, "register": None}

@@ -127,8 +127,12 @@ def trained(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def latest(run_dir: Path) -> Path | None:
     """The newest complete checkpoint of a run, or None."""
-    complete = sorted(path for path in (run_dir / "checkpoints").glob("step-*") if (path / MANIFEST).exists())
-    return complete[-1] if complete else None
+    return max(complete_ones(run_dir), default=None)
+
+
+def complete_ones(run_dir: Path) -> list[Path]:
+    """A run's checkpoints that may be read, oldest first."""
+    return sorted(path for path in (run_dir / "checkpoints").glob("step-*") if (path / MANIFEST).exists())
 
 
 def step_of(folder: Path) -> int:

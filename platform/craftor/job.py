@@ -15,12 +15,12 @@ from craftor import checkpoint, inputs, preflight, registry, storage, tracking, 
 from craftor.cluster import alive_nodes, await_workers, ray_session
 from craftor.console import follow
 from craftor.diffuser import load as load_diffuser
-from craftor.fit import METRICS, TrainingStopped, fit, write_json
+from craftor.fit import TrainingStopped, fit
 from craftor.interruption import Interrupted
 from craftor.locate import absolute
 from craftor.prompts import Prepared
 from craftor.recipe import Recipe, RecipeError, load_run
-from craftor.run_files import notes
+from craftor.run_files import METRICS, notes, write_json
 
 
 @dataclass(frozen=True)

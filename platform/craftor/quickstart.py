@@ -11,12 +11,12 @@ import psutil
 from craftor import checkpoint, registry
 from craftor.cluster import ray_session
 from craftor.evaluate import Asked, Tuned, evaluate, used_steps
-from craftor.fit import write_json
 from craftor.job import Trained, train
 from craftor.locate import shipped_recipe
 from craftor.memory import peak_memory
 from craftor.recipe import RecipeError, Tuning, load, load_run
 from craftor.report import write_report
+from craftor.run_files import write_json
 from craftor.tracking import Tracker, client
 
 RECIPE = "micro_textcraftor.toml"

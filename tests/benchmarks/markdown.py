@@ -1,4 +1,7 @@
-"""`python -m benchmarks.markdown NAME`: `runs/bench/NAME.json` as tables of the README, between their markers."""
+"""`python -m benchmarks.markdown NAME`: `runs/bench/NAME.json` as tables of the README, between their markers.
+
+With the name `claims`, the verdicts of `recipes/claims.json`.
+"""
 
 import json
 import sys
@@ -6,19 +9,32 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 from benchmarks.harness import OUT, ROOT
+from craftor.claims.table import markdown
+
+CLAIMS = ROOT / "recipes" / "claims.json"
 
 
 def main() -> None:
     (name,) = sys.argv[1:]
+    if name == "claims":
+        record = json.loads(CLAIMS.read_text())
+        where = f"From `make claims` ({record['seconds'] / 60:.0f} minutes) on {record['machine']}."
+        write("claims", f"{where}\n\n{markdown(record)}\n")
+        return
     record = json.loads((OUT / f"{name}.json").read_text())
     text = f"{TITLES[name]}\n\n{figures(name, record['figures'])}\n{EXTRA.get(name, _nothing)(record['details'])}"
-    begin, end = f"<!-- bench-{name}:begin -->", f"<!-- bench-{name}:end -->"
+    write(f"bench-{name}", f"{machine(name, record)}\n{text}\n")
+
+
+def write(name: str, text: str) -> None:
+    """Put the text between the README's markers of this name."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     readme = ROOT / "README.md"
     before, found, rest = readme.read_text().partition(begin)
     _, closed, after = rest.partition(end)
     if not found or not closed:
         raise SystemExit(f"{readme} has no {begin} … {end}")
-    readme.write_text(f"{before}{begin}\n{machine(name, record)}\n{text}\n{end}{after}")
+    readme.write_text(f"{before}{begin}\n{text}{end}{after}")
 
 
 def machine(name: str, record: Mapping) -> str:

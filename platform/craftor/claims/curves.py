@@ -1,53 +1,71 @@
-"""How fast methods gain: the reward that two of them train, against samples and against seconds of training."""
+"""How fast methods gain: a score of held-out images, against samples and against seconds of training."""
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from craftor.figures import LIGHT, smooth, style
+from craftor.figures import LIGHT, style
 from craftor.recipe import load_run
 from craftor.run_files import METRICS
 
 Curve = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Samples, seconds and the smoothed reward, by step; the mean over seeds."""
+"""Samples, seconds and the score after them; the first point is the base."""
+LINES = list(product(("-", "--", ":"), (LIGHT.accent, LIGHT.ink, LIGHT.muted)))
 
 
-def curve(runs: Sequence[Path], metric: str) -> Curve:
-    """Of one method's runs, which are equally long. Raises KeyError where they do not log the metric."""
-    seconds, rewards = [], []
+def curve(runs: Sequence[Path], steps: Sequence[int], scores: Float[np.ndarray, "runs points"]) -> Curve:
+    """Of one method's runs, the mean over training seeds.
+
+    steps: of the checkpoints whose images were scored; `scores` begin with the base's, of step 0.
+    A step's seconds are the median over a run, which a slow moment of the machine does not move.
+    """
     recipe = load_run(runs[0])
-    batch, each = recipe.run.batch_size, getattr(recipe.task, "samples_per_prompt", 1)
+    samples = recipe.run.batch_size * getattr(recipe.task, "samples_per_prompt", 1)
+    seconds = []
     for run in runs:
         lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
-        seconds.append(np.cumsum([batch / line["images_per_second"] for line in lines]))
-        rewards.append(smooth(np.array([line[metric] for line in lines])))
-    return batch * each * np.arange(1, len(rewards[0]) + 1), np.mean(seconds, axis=0), np.mean(rewards, axis=0)
+        seconds.append(np.median([recipe.run.batch_size / line["images_per_second"] for line in lines]))
+    done = np.array([0, *steps])
+    return samples * done, np.mean(seconds) * done, scores.mean(axis=0)
 
 
 def time_to_reward(curves: Mapping[str, Curve]) -> dict[str, dict[str, float]]:
-    """By method, samples and seconds to the level that all reach: the best of the one whose best is lowest."""
-    level = min(float(rewards.max()) for _, _, rewards in curves.values())
+    """By method, samples and seconds to the level that all reach: the best of the one whose best is lowest.
+
+    Between two points the score is taken to rise evenly.
+    """
+    level = min(float(scores.max()) for _, _, scores in curves.values())
     found = {}
-    for name, (samples, seconds, rewards) in curves.items():
-        reached = int(np.argmax(rewards >= level))
-        found[name] = {"level": level, "samples": float(samples[reached]), "seconds": float(seconds[reached])}
+    for name, (samples, seconds, scores) in curves.items():
+        last = int(np.argmax(scores >= level))
+        before, after = scores[max(last - 1, 0)], scores[last]
+        share = (level - before) / (after - before) if last else 0.0
+        at = max(last - 1, 0) + share
+        points = np.arange(len(scores))
+        found[name] = {
+            "level": level,
+            "samples": float(np.interp(at, points, samples)),
+            "seconds": float(np.interp(at, points, seconds)),
+        }
     return found
 
 
 def draw(path: Path, metric: str, curves: Mapping[str, Curve]) -> Path:
-    """The reward against samples, and against seconds."""
+    """The score against samples, and against seconds."""
     with matplotlib.rc_context(style(LIGHT)):
         figure = Figure(figsize=(9, 3.4), dpi=150, layout="constrained", facecolor="white")
         for panel, (axis, position) in enumerate((("samples", 0), ("seconds of training", 1)), start=1):
             axes = figure.add_subplot(1, 2, panel)
-            for (name, found), shade in zip(curves.items(), (LIGHT.accent, LIGHT.muted, LIGHT.ink), strict=False):
-                axes.plot(found[position], found[2], label=name, color=shade, linewidth=1.8)
+            for (name, found), (line, shade) in zip(curves.items(), LINES, strict=False):
+                axes.plot(found[position], found[2], marker="o", label=name, color=shade, linestyle=line, markersize=4)
             axes.set_xlabel(axis)
-            axes.set_ylabel(f"{metric}, training prompts")
+            axes.set_ylabel(f"{metric}, held-out prompts")
             axes.legend(frameon=False)
         figure.savefig(path, metadata={"Software": None})
     return path

@@ -34,8 +34,10 @@ class Claim:
     cost: bool = False
     """Whether the work and time of inference are measured, too."""
     curves: tuple[str, ...] = ()
-    """Methods whose reward is shown as it grew, with the time to reach it."""
+    """Methods whose gain is shown as it grew, with the time to reach it."""
     curve_of: str = "preference"
+    strips: str = ""
+    """Images that are shown by weight, from base to tuned."""
 
 
 def _over(one: str, other: str, metrics: Mapping[str, Rule]) -> tuple[Part, ...]:
@@ -70,9 +72,9 @@ CLAIMS: dict[str, Claim] = {
         _over("textcraftor", "engineered:engineered", {"accuracy": "above", "clip": "above", "quality": "told"}),
     ),
     "C4": Claim(
-        "It beats DDPO at equal samples",
+        "It beats DDPO at equal compute",
         _over("preference", "ddpo", {"quality": "above", "preference": "above", "accuracy": "not_below"}),
-        curves=("preference", "ddpo"),
+        curves=("preference", "ddpo", "textcraftor", "direct"),
     ),
     "C5": Claim(
         "Text encoder and UNet together beat either alone",
@@ -89,6 +91,7 @@ CLAIMS: dict[str, Claim] = {
             Part("half and half − no CLIP, clip", "clip", {"half_and_half": 1, "no_clip": -1}),
             Part("half and half − CLIP alone, aesthetic", "aesthetic", {"half_and_half": 1, "clip_only": -1}),
         ),
+        strips="textcraftor",
     ),
     "C8": Claim(
         "Without the CLIP term training collapses, with it not",

@@ -56,8 +56,8 @@ def costs(claims: Mapping[str, Claim], budget: Budget) -> list[dict[str, Any]]:
 
 
 def _training(method: str, budget: Budget) -> float:
-    steps = budget.num_steps * METHODS[method].seconds * budget.batch_size / 16
-    return budget.num_seeds * (START_TRAINING + steps)
+    steps = budget.steps_of(method) * METHODS[method].seconds * budget.batch_size / 16
+    return budget.num_seeds * (START_TRAINING + steps / max(1, budget.workers))
 
 
 def _evaluation(images: str, budget: Budget) -> float:

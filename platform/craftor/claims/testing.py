@@ -6,30 +6,24 @@ does what is missing. Runs follow each other, so that their times can be compare
 
 import json
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from craftor import checkpoint, evaluation_files, watch
-from craftor.claims import cost, curves
-from craftor.claims.declared import CLAIMS, Claim, Part
-from craftor.claims.effects import Effect, NotMeasured, contrast, crossed, together, values, verdict_of
-from craftor.claims.methods import IMAGES, METHODS, Budget, changed, recipe_of
+from craftor.claims import judging, making
+from craftor.claims.declared import CLAIMS, Claim
+from craftor.claims.methods import IMAGES, METHODS, Budget, recipe_of
 from craftor.cluster import ray_session
-from craftor.evaluate import Asked, Tuned, evaluate, used_steps
-from craftor.evaluation_files import Evaluated
-from craftor.job import resume, train
-from craftor.locate import absolute, locate
+from craftor.locate import locate
 from craftor.quickstart import machine
-from craftor.recipe import Recipe, RecipeError, Tuning, load_run
+from craftor.recipe import RecipeError
 from craftor.run_files import write_json
 from craftor_micro.pairs import write_pairs
 
-PLAN, NUM_PAIRS = "budget.json", 500
+PLAN, TIME, NUM_PAIRS = "budget.json", "seconds.json", 500
 
 
 class ClaimsError(ValueError):
@@ -45,7 +39,8 @@ def select(only: Sequence[str] | None) -> dict[str, Claim]:
 
 def images_of(claim: Claim) -> set[str]:
     """Names of all that must be evaluated for a claim."""
-    return {name for part in claim.parts for name in part.images} | ({"textcraftor"} if claim.cost else set())
+    shown = {*claim.curves, *filter(None, [claim.strips]), *(["textcraftor"] if claim.cost else [])}
+    return {name for part in claim.parts for name in part.images} | shown
 
 
 def methods_of(images: Iterable[str]) -> list[str]:
@@ -65,85 +60,30 @@ def test(claims: Mapping[str, Claim], budget: Budget, out: Path) -> dict[str, An
     refused = _refused(claims, budget, out)
     possible = {name: claim for name, claim in claims.items() if name not in refused}
     needed = [name for name in IMAGES if any(name in images_of(claim) for claim in possible.values())]
-    with ray_session(budget.workers):
-        if "direct" in methods_of(needed) and budget.pairs is None and not _pairs(budget, out).exists():
-            model = recipe_of("direct", 0, budget, _pairs(budget, out)).model.path
-            write_pairs(Path(locate(model)), _pairs(budget, out), num=NUM_PAIRS, seed=1)
+    with _timed(out), ray_session(budget.workers):
+        if "direct" in methods_of(needed) and budget.pairs is None and not making.pairs(budget, out).exists():
+            model = recipe_of("direct", 0, budget, making.pairs(budget, out)).model.path
+            write_pairs(Path(locate(model)), making.pairs(budget, out), num=NUM_PAIRS, seed=1)
         for seed in range(budget.num_seeds):
             for method in methods_of(needed):
-                _train(method, seed, budget, out)
+                making.train_where_missing(method, seed, budget, out)
             for name in needed:
-                _evaluate(name, seed, budget, out)
+                making.score(name, seed, budget, out)
+            for method in sorted({method for claim in possible.values() for method in claim.curves}):
+                for step in making.steps_between(method, seed, out):
+                    making.score_at(step, method, seed, budget, out)
     return {
         "machine": machine(),
         "python": platform.python_version(),
         "budget": asdict(budget),
+        "seconds": _spent(out),
         "claims": [
-            _undecided(name, claim, refused[name]) if name in refused else judge(name, claim, budget, out)
+            judging.undecided(name, claim, refused[name])
+            if name in refused
+            else judging.judge(name, claim, budget, out)
             for name, claim in claims.items()
         ],
     }
-
-
-def judge(name: str, claim: Claim, budget: Budget, out: Path) -> dict[str, Any]:
-    """One claim's parts, its leading effect and its verdict, from what is in `out`."""
-
-    @cache
-    def read(images: str, seed: int) -> Evaluated:
-        return evaluation_files.read(_images_dir(images, seed, out))
-
-    parts, left_out = [], []
-    for part in claim.parts:
-        try:
-            parts.append(_part(part, _effect(part, read, budget.num_seeds)))
-        except NotMeasured:
-            left_out.append(part.said)
-    if claim.cost:
-        recipe, folder = _run(out, "textcraftor", 0)
-        parts += cost.measure(recipe, Tuned(folder, 1.0, used_steps(recipe)))
-    if not parts:
-        return _undecided(name, claim, f"not measured here: {', '.join(left_out)}")
-    judged = {**_judged(name, claim, parts), "left_out": left_out}
-    if claim.curves:
-        runs = {method: [_run_dir(method, seed, out) for seed in range(budget.num_seeds)] for method in claim.curves}
-        grown = {method: curves.curve(folders, claim.curve_of) for method, folders in runs.items()}
-        curves.draw(out / f"{name}.png", claim.curve_of, grown)
-        judged["time_to_reward"] = curves.time_to_reward(grown)
-    return judged
-
-
-def _effect(part: Part, read: Any, num_seeds: int) -> Effect:
-    rows = []
-    for seed in range(num_seeds):
-        terms = []
-        for term, coefficient in part.contrast.items():
-            images, _, variant = term.partition(":")
-            terms.append((coefficient, values(read(images, seed), variant or "tuned", part.metric)))
-        rows.append(contrast(terms))
-    return crossed(np.array(rows))
-
-
-def _part(part: Part, effect: Effect) -> dict[str, Any]:
-    said = {"said": part.said, "metric": part.metric, "rule": part.rule}
-    return {**said, **asdict(effect), "verdict": verdict_of(effect, part.rule)}
-
-
-def _judged(name: str, claim: Claim, parts: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "id": name,
-        "claim": claim.said,
-        "effect": parts[0]["effect"],
-        "ci95": list(parts[0]["ci95"]),
-        "of": parts[0]["said"],
-        "verdict": together([part["verdict"] for part in parts]),
-        "command": f"craftor claims --only {name}",
-        "parts": [{**part, "ci95": list(part["ci95"])} for part in parts],
-    }
-
-
-def _undecided(name: str, claim: Claim, reason: str) -> dict[str, Any]:
-    said = {"id": name, "claim": claim.said, "effect": None, "ci95": None, "of": None, "verdict": "undecided"}
-    return {**said, "command": f"craftor claims --only {name}", "parts": [], "reason": reason}
 
 
 def _refused(claims: Mapping[str, Claim], budget: Budget, out: Path) -> dict[str, str]:
@@ -152,70 +92,27 @@ def _refused(claims: Mapping[str, Claim], budget: Budget, out: Path) -> dict[str
     for name, claim in claims.items():
         try:
             for method in methods_of(images_of(claim)):
-                recipe_of(method, 0, budget, _pairs(budget, out))
+                recipe_of(method, 0, budget, making.pairs(budget, out))
             for images in images_of(claim):
-                _asked_recipe(images, 0, budget, out)
+                making.asked_recipe(images, 0, budget, out)
         except RecipeError as error:
             found[name] = str(error)
     return found
 
 
-def _train(method: str, seed: int, budget: Budget, out: Path) -> None:
-    folder = _run_dir(method, seed, out)
-    if not (folder / "recipe.toml").exists():
-        train(recipe_of(method, seed, budget, _pairs(budget, out)), Path(f"claims: {method}"), folder)
-    elif not _finished(folder):
-        resume(folder)
+@contextmanager
+def _timed(out: Path) -> Iterator[None]:
+    """Adds what the block takes to what earlier calls took."""
+    before, started = _spent(out), time.monotonic()
+    try:
+        yield
+    finally:
+        write_json(out / TIME, {"seconds": before + time.monotonic() - started})
 
 
-def _finished(folder: Path) -> bool:
-    last = checkpoint.latest(folder)
-    done = checkpoint.step_of(last) if last else 0
-    return done == load_run(folder).run.num_steps or (last is not None and watch.ended(folder) is not None)
-
-
-def _evaluate(name: str, seed: int, budget: Budget, out: Path) -> None:
-    """Score a method's images, or those of several mixed, by the first one's evaluation section."""
-    folder, images = _images_dir(name, seed, out), IMAGES[name]
-    if (folder / "summary.json").exists():
-        return
-    tuned = []
-    for method, weight in zip(images.methods, images.weights, strict=True):
-        recipe, checkpoint_folder = _run(out, method, seed)
-        first, stop = used_steps(recipe)
-        if images.use_from is not None:
-            assert isinstance(recipe.task, Tuning)
-            first = round(images.use_from * recipe.task.rollout.num_steps)
-        tuned.append(Tuned(checkpoint_folder, weight, (first, stop)))
-    asked = Asked(num_kept=8, num_strips=images.num_strips)
-    evaluate(absolute(_asked_recipe(name, seed, budget, out)), tuned, folder, max(1, budget.workers), asked)
-
-
-def _asked_recipe(name: str, seed: int, budget: Budget, out: Path) -> Recipe:
-    """The recipe by which images are scored."""
-    recipe = recipe_of(IMAGES[name].methods[0], seed, budget, _pairs(budget, out))
-    changes = {f"evaluation.{key}": value for key, value in IMAGES[name].evaluation.items()}
-    return changed(recipe.data_of(), changes, f"claims: images {name}") if changes else recipe
-
-
-def _run(out: Path, method: str, seed: int) -> tuple[Recipe, str]:
-    """A finished run's recipe and the folder of its last checkpoint."""
-    folder = _run_dir(method, seed, out)
-    last = checkpoint.latest(folder)
-    assert last is not None, f"{folder} has been trained"
-    return load_run(folder), str(last.resolve())
-
-
-def _run_dir(method: str, seed: int, out: Path) -> Path:
-    return out / f"{method}-{seed}"
-
-
-def _images_dir(name: str, seed: int, out: Path) -> Path:
-    return out / "images" / f"{name}-{seed}"
-
-
-def _pairs(budget: Budget, out: Path) -> Path:
-    return Path(budget.pairs) if budget.pairs else (out / "pairs").resolve()
+def _spent(out: Path) -> float:
+    """Seconds of training and scoring, of all calls so far that were not killed."""
+    return json.loads((out / TIME).read_text())["seconds"] if (out / TIME).exists() else 0.0
 
 
 def _same_budget(budget: Budget, out: Path) -> None:

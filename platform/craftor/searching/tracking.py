@@ -6,9 +6,8 @@ from pathlib import Path
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from craftor.fit import METRICS
 from craftor.recipe import load
-from craftor.run_files import write_json
+from craftor.run_files import METRICS, write_json
 from craftor.searching.inputs import Shared
 from craftor.searching.probe import SCORE, read
 from craftor.searching.study import Study
