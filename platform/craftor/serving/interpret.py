@@ -12,8 +12,9 @@ from craftor.serving.errors import ApiError
 from craftor.serving.library import Library, NotServed
 from craftor.serving.schema import MAX_SEED, Generation, Mix, Portion
 from craftor.serving.settings import SIZE, Serving
-from craftor.serving.upload import BadPicture, Upload, read, read_picture
+from craftor.serving.upload import Upload, read, read_picture
 from craftor.serving.work import ImageRequest, Share
+from craftor.uploads import UploadRefused
 
 Number = TypeVar("Number", int, float)
 
@@ -95,8 +96,8 @@ class Interpreter:
             raise ApiError(400, message, param="control_image", code="unknown_parameter")
         try:
             picture, digest = read_picture(body.control_image, "control_image", size)
-        except BadPicture as error:
-            raise ApiError(400, str(error), param=error.param, code="invalid_value") from None
+        except UploadRefused as error:
+            raise ApiError(400, str(error), param=error.what, code="invalid_value") from None
         return Control(picture, 1.0 if body.control_scale is None else body.control_scale, digest)
 
     def _size(self, text: str | None) -> tuple[int, int]:
@@ -167,8 +168,8 @@ def _upload(body: Generation, size: tuple[int, int]) -> Upload | None:
         return None
     try:
         return read(body.image, body.mask, body.strength or 0.8, size)
-    except BadPicture as error:
-        raise ApiError(400, str(error), param=error.param, code="invalid_value") from None
+    except UploadRefused as error:
+        raise ApiError(400, str(error), param=error.what, code="invalid_value") from None
 
 
 def _text(text: str, param: str, limit: int) -> str:
