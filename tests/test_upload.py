@@ -61,7 +61,10 @@ GOOD = packed(Image.fromarray(PIXELS))
         (text(packed(Image.fromarray(PIXELS), "TIFF")), "not a picture"),
         (text(packed(Image.new("RGB", (32, 48)))), "32x48 pixels, allowed: 48x32, the size asked for"),
         (text(packed(Image.new("RGB", (20_000, 20_000)))), "far more pixels"),
-        (text(packed(Image.fromarray(np.zeros(SIZE, dtype=np.uint16)))), "pixels of kind I;16; allowed: 8 bits a channel"),
+        (
+            text(packed(Image.fromarray(np.zeros(SIZE, dtype=np.uint16)))),
+            "pixels of kind I;16; allowed: 8 bits a channel",
+        ),
     ],
 )
 @pytest.mark.parametrize("param", ["image", "mask"])

@@ -213,5 +213,7 @@ def read_reference(
         raise UploadRefused("mask", f"{sizes}; allowed: the same size")
     if where.amax() == 0:
         nothing = "transparent everywhere" if mask is None else "empty, black or transparent everywhere"
-        raise UploadRefused(what if mask is None else "mask", f"{nothing}: there is no object in {width}x{height} pixels")
+        raise UploadRefused(
+            what if mask is None else "mask", f"{nothing}: there is no object in {width}x{height} pixels"
+        )
     return object_condition.cut_out(picture.image[None], where[None])

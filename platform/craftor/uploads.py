@@ -91,9 +91,7 @@ def _open(data: bytes, limits: Limits, what: str) -> Image.Image:
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise UploadRefused(what, f"far more pixels than the {limits.max_pixels} allowed") from None
     except _BROKEN as error:
-        raise UploadRefused(
-            what, f"not a picture of an allowed format ({allowed}); {type(error).__name__}"
-        ) from None
+        raise UploadRefused(what, f"not a picture of an allowed format ({allowed}); {type(error).__name__}") from None
     _check_header(opened, limits, what)
     if frames > 1 and opened.format != "MPO":  # a camera's JPEG, with a second picture for other screens behind it
         raise UploadRefused(what, f"{frames} frames; allowed: a picture that does not move")

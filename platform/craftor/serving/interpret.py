@@ -2,6 +2,7 @@
 
 import math
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -10,7 +11,8 @@ from craftor.mixture import MixtureError, check_weights, timesteps
 from craftor.serving.control import Control
 from craftor.serving.errors import ApiError
 from craftor.serving.library import Library, NotServed
-from craftor.serving.schema import MAX_SEED, Generation, Mix, Portion
+from craftor.serving.objects import ObjectEncoder, Reference, Shown
+from craftor.serving.schema import MAX_SEED, Asked, Edit, Generation, Mix, Portion
 from craftor.serving.settings import SIZE, Serving
 from craftor.serving.upload import Upload, read, read_picture
 from craftor.serving.work import ImageRequest, Share
@@ -26,6 +28,7 @@ class Interpreter:
     settings: Serving
     base: Diffuser
     library: Library
+    objects: ObjectEncoder | None = None
 
     @property
     def sizes(self) -> dict[str, tuple[int, int]]:
@@ -34,8 +37,11 @@ class Interpreter:
         own = {f"{width}x{height}": (height, width)}
         return own | {size: (int(h), int(w)) for size in self.settings.limits.sizes for w, h in [size.split("x")]}
 
-    def images(self, body: Generation, caller: str) -> list[ImageRequest]:
-        """All images of a request: mixture by mixture, seeds in order. Canaries are drawn by `caller`."""
+    def images(self, body: Asked, caller: str, references: Sequence[Reference] = ()) -> list[ImageRequest]:
+        """All images of a request: mixture by mixture, seeds in order. Canaries are drawn by `caller`.
+
+        `references` are an `Edit`'s pictures of its object.
+        """
         limits, defaults = self.settings.limits, self.settings.defaults
         if body.model not in (None, self.settings.name):
             raise ApiError(
@@ -66,7 +72,9 @@ class Interpreter:
         if seed + count - 1 > MAX_SEED:
             raise ApiError(400, f"seed: {seed} + n is over {MAX_SEED}", param="seed", code="invalid_value")
         size = self._size(body.size)
-        upload, control = _upload(body, size), self._control(body, size)
+        upload = _upload(body, size) if isinstance(body, Generation) else None
+        control = self._control(body, size) if isinstance(body, Generation) else None
+        shown = self._shown(body, references, steps, guidance) if isinstance(body, Edit) else None
         return [
             ImageRequest(
                 prompt=prompt,
@@ -79,11 +87,19 @@ class Interpreter:
                 size=size,
                 upload=upload,
                 control=control,
+                shown=shown,
                 previews=body.partial_images or 0,
             )
             for shares in [self._shares(mix, param, caller) for param, mix in mixes]
             for k in range(count)
         ]
+
+    def _shown(self, body: Edit, references: Sequence[Reference], steps: int, guidance: float) -> Shown | None:
+        assert self.objects is not None
+        weight = guidance if body.object_weight is None else body.object_weight
+        weight = _at_most(weight, "object_weight", self.settings.limits.guidance_scale)
+        first = _at_most(body.object_from or 0, "object_from", steps - 1)
+        return None if weight == 0 else Shown(self.objects, tuple(references), weight, first)
 
     def _control(self, body: Generation, size: tuple[int, int]) -> Control | None:
         if body.control_image is None:
