@@ -20,6 +20,7 @@ from craftor.serving.api import build_app
 from craftor.serving.engine import Engine
 from craftor.serving.service import Service
 from craftor.serving.work import Row
+from craftor.tasks.object_encoder import ObjectEncoderTask
 
 
 def tuned_module(base: Diffuser, seed: int, strength: float = 0.3) -> torch.nn.Module:
@@ -42,6 +43,26 @@ def write_tuned_bundle(tiny: Path, base: Diffuser, folder: Path, seed: int) -> P
     tuned_module(base, seed).save_pretrained(trained / "text_encoder", safe_serialization=True)
     settings = recipe.load(write_tiny_recipe(tiny, folder), {"name": f"tuned{seed}"})
     return registry.write_bundle(settings, base, trained, folder / f"tuned{seed}")
+
+
+def write_object_bundle(tiny: Path, folder: Path, tokens: str = "pooled", unet: object = "frozen") -> Path:
+    """A bundle of an object encoder with random weights, so that an object has a say."""
+    given = {"kind": "object_encoder", "domain": "toys", "image_encoder": f"{tiny}/clip"}
+    settings = recipe.Recipe.model_validate(
+        {
+            "name": f"{tokens}-objects",
+            "model": {"path": f"{tiny}/pipeline"},
+            "data": {"path": str(folder)},
+            "task": {**given, "tokens": tokens, "unet": unet},
+            "optimizer": {"lr": 1e-2},
+            "run": {"num_steps": 1, "batch_size": 4},
+        }
+    )
+    task, g = ObjectEncoderTask(settings), torch.Generator().manual_seed(3)
+    for parameter in task.module.parameters():
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=g)
+    task.save(folder / "saved")
+    return registry.write_bundle(settings, task.diffuser, folder / "saved", folder / "objects")
 
 
 def write_controlnet(diffuser: Diffuser, folder: Path) -> str:

@@ -42,6 +42,10 @@ def test_the_shipped_files_are_valid_and_mistakes_are_named(tmp_path: Path) -> N
         ('model = { path = "micro:base" }\nhttp = { host = "0.0.0.0" }', "'0.0.0.0' is open to others, and tokens is"),
         ('model = { path = "micro:base" }\nencoders = { base = "x" }', "encoders: 'base' cannot name an encoder"),
         ('model = { path = "micro:base" }\nlimits = { sizes = ["big"] }', "'big': expected WIDTHxHEIGHT"),
+        (
+            'model = { path = "micro:base" }\nobject_encoder = "x@y"\nengine = { bucket = 2 }',
+            "engine.bucket = 2: with an object_encoder at least 3",
+        ),
     ):
         wrong.write_text(text)
         with pytest.raises(RecipeError, match=message):
@@ -65,6 +69,7 @@ def test_what_cannot_start_is_said_in_a_line(tmp_path: Path, monkeypatch: pytest
                 "http.certificate = 'a': no such file",
             ),
             ({"encoders": {"style": "style@champion"}}, UnknownEncoder, "no encoder 'style' in the registry"),
+            ({"object_encoder": "toys@champion"}, UnknownEncoder, "no encoder 'toys' in the registry"),
         ):
             with pytest.raises(error, match=message):
                 check(parse(given | changed, "my.toml"), Path("my.toml"))

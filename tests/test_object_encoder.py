@@ -339,9 +339,9 @@ def test_a_reference_is_cut_out_by_its_mask_or_its_transparency(tmp_path: Path) 
     assert torch.equal(by_mask, customize.read_reference(data(clear), None))
     assert by_mask[0, :, 0, 0].tolist() == [1, 0, 0] and by_mask[0, :, 0, -1].tolist() == [0.5, 0.5, 0.5]
     assert customize.read_reference(data(image), None)[0, 1].max() == 0
-    with pytest.raises(ValueError, match="masks of 4x4 pixels for 1 images of 8x4"):
+    with pytest.raises(ValueError, match="mask: 4x4 pixels, image has 8x4; allowed: the same size"):
         customize.read_reference(data(image), data(half.crop((0, 0, 4, 4))))
-    with pytest.raises(ValueError, match="mask 0 is empty"):
+    with pytest.raises(ValueError, match="mask: empty, black or transparent everywhere: there is no object in 8x4"):
         customize.read_reference(data(image), data(Image.new("L", (8, 4), 0)))
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from craftor.serving.upload import FORMATS, BadPicture, read
+from craftor.serving.upload import read
+from craftor.uploads import Limits, UploadRefused
 
 SIZE = (32, 48)
 """Height, width."""
@@ -24,7 +25,7 @@ def text(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", Limits().formats)
 @pytest.mark.parametrize("prefix", ["", "data:image/whatever;base64,"])
 def test_pictures_come_in_three_formats(kind: str, prefix: str) -> None:
     found = read(prefix + text(packed(Image.fromarray(PIXELS), kind)), None, 0.5, SIZE)
@@ -51,27 +52,30 @@ GOOD = packed(Image.fromarray(PIXELS))
     ("sent", "message"),
     [
         ("?", "not base64"),
-        ("data:image/png;base64", r"not a PNG, JPEG or WebP file \(UnidentifiedImageError\)"),
+        ("data:image/png;base64", r"not a picture of an allowed format \(PNG, JPEG, WEBP\); UnidentifiedImageError"),
         ("p\u00efcture", "not base64"),
-        ("", "not a PNG"),
-        (text(b"hello"), "not a PNG"),
-        (text(GOOD[: len(GOOD) // 2]), r"not a PNG, JPEG or WebP file"),
-        (text(packed(Image.fromarray(PIXELS), "GIF")), "not a PNG"),
-        (text(packed(Image.fromarray(PIXELS), "TIFF")), "not a PNG"),
+        ("", "not a picture"),
+        (text(b"hello"), "not a picture"),
+        (text(GOOD[: len(GOOD) // 2]), "broken or cut short"),
+        (text(packed(Image.fromarray(PIXELS), "GIF")), "not a picture"),
+        (text(packed(Image.fromarray(PIXELS), "TIFF")), "not a picture"),
         (text(packed(Image.new("RGB", (32, 48)))), "32x48 pixels, allowed: 48x32, the size asked for"),
-        (text(packed(Image.new("RGB", (20_000, 20_000)))), "20000x20000 pixels|DecompressionBomb"),
-        (text(packed(Image.fromarray(np.zeros(SIZE, dtype=np.uint16)))), "pixels of kind I;16, allowed: at most 8"),
+        (text(packed(Image.new("RGB", (20_000, 20_000)))), "far more pixels"),
+        (
+            text(packed(Image.fromarray(np.zeros(SIZE, dtype=np.uint16)))),
+            "pixels of kind I;16; allowed: 8 bits a channel",
+        ),
     ],
 )
 @pytest.mark.parametrize("param", ["image", "mask"])
 def test_bad_pictures_are_named(sent: str, message: str, param: str) -> None:
     pair = (sent, None) if param == "image" else (text(GOOD), sent)
-    with pytest.raises(BadPicture, match=f"{param}: .*({message})") as refused:
+    with pytest.raises(UploadRefused, match=f"{param}: .*({message})") as refused:
         read(*pair, 0.5, SIZE)
-    assert refused.value.param == param
+    assert refused.value.what == param
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", Limits().formats)
 def test_damaged_files_are_read_or_refused(kind: str) -> None:
     good, drawn = packed(Image.fromarray(PIXELS), kind), np.random.default_rng(1)
     refused = 0
@@ -81,6 +85,6 @@ def test_damaged_files_are_read_or_refused(kind: str) -> None:
         bad = bad[: drawn.integers(1, len(bad) + 1)] if drawn.uniform() < 0.3 else bad
         try:
             read(text(bad.tobytes()), None, 0.5, SIZE)
-        except BadPicture:
+        except UploadRefused:
             refused += 1
     assert refused > 30

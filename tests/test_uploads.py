@@ -109,3 +109,21 @@ def test_a_mask_is_brightness_or_opacity() -> None:
     clear = Image.new("RGBA", (4, 2), (9, 9, 9, 0))
     clear.paste((9, 9, 9, 255), (2, 0, 4, 2))
     assert mask(_file(clear))[0, 0].tolist() == [0, 0, 1, 1]
+    painted = bright.convert("RGBA")  # as an editor saves it, opaque everywhere
+    assert mask(_file(painted))[0, 0].tolist() == [0, 0, 1, 1]
+
+
+def test_a_second_picture_behind_a_camera_s_jpeg_is_no_animation() -> None:
+    data = _file(_bars(), "MPO", save_all=True, append_images=[Image.new("RGB", (3, 2))], quality=95)
+    found = picture(data)
+    assert found.image.shape == (3, 4, 6) and found.image[0, 0, 0] > 0.8
+
+
+def test_one_size_alone_is_upright_size() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    lying = _file(_bars(), "JPEG", exif=exif)
+    assert picture(lying, Limits(size=(4, 6))).image.shape == (3, 6, 4)
+    for size, found in (((6, 4), "4x6"), ((5, 5), "6x4")):
+        with pytest.raises(UploadRefused, match=f"image: {found} pixels, allowed: {size[0]}x{size[1]}"):
+            picture(lying, Limits(size=size))

@@ -32,6 +32,7 @@ from craftor.pictures import save_sheet
 from craftor.prefix_cache import weights_digest
 from craftor.recipe import Model, ObjectEncoder, RecipeError, load_run
 from craftor.solver import schedule
+from craftor.uploads import UploadRefused
 
 RUNS = Path("runs")
 """Whose registry is asked without MLFLOW_TRACKING_URI."""
@@ -183,8 +184,8 @@ def customize_file(
     """The pictures of `craftor customize`, on one sheet. Raises RecipeError for files that cannot be used."""
     try:
         reference = read_reference(image.read_bytes(), mask.read_bytes() if mask else None)
-    except ValueError as error:
-        raise RecipeError(f"{image}: {error}") from None
+    except UploadRefused as error:
+        raise RecipeError(f"{mask if error.what == 'mask' else image}: {error}") from None
     customizer = mixed(load(encoder), mixture or {})
     noise = seeds.normal(seed, range(num), "customize", customizer.diffuser.latent_shape)
     made = customizer.generate([prompt] * num, reference.expand(num, -1, -1, -1), noise, guidance)
@@ -192,10 +193,27 @@ def customize_file(
     return out
 
 
-def read_reference(image: bytes, mask: bytes | None) -> Float[Tensor, "1 3 H W"]:
-    """An uploaded picture, cut out by its mask or by its own transparency; whole where it has neither."""
-    picture = uploads.picture(image)
-    where = picture.alpha if mask is None else uploads.mask(mask)
+def read_reference(
+    image: bytes,
+    mask: bytes | None,
+    limits: uploads.Limits = uploads.Limits(),  # noqa: B008  # it is frozen
+    what: str = "image",
+) -> Float[Tensor, "1 3 H W"]:
+    """An uploaded picture, cut out by its mask or by its own transparency; whole where it has neither.
+
+    Raises UploadRefused for files that cannot be used, a mask of another size, and one without an object in it.
+    """
+    picture = uploads.picture(image, limits, what)
+    where = picture.alpha if mask is None else uploads.mask(mask, limits)
     if where is None:
         return picture.image[None]
+    (height, width), found = picture.image.shape[1:], where.shape[1:]
+    if found != (height, width):
+        sizes = f"{found[1]}x{found[0]} pixels, {what} has {width}x{height}"
+        raise UploadRefused("mask", f"{sizes}; allowed: the same size")
+    if where.amax() == 0:
+        nothing = "transparent everywhere" if mask is None else "empty, black or transparent everywhere"
+        raise UploadRefused(
+            what if mask is None else "mask", f"{nothing}: there is no object in {width}x{height} pixels"
+        )
     return object_condition.cut_out(picture.image[None], where[None])

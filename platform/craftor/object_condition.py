@@ -38,9 +38,12 @@ class ImageEncoder:
     def width(self) -> int:
         return self.model.config.projection_dim if self.tokens == "pooled" else self.model.config.hidden_size
 
-    @torch.no_grad()
     def __call__(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b 1 *tokens d"]:
-        """One reference a row, in [0, 1], as `added_cond_kwargs["image_embeds"]` takes it.
+        """One reference a row, in [0, 1], as `added_cond_kwargs["image_embeds"]` takes it."""
+        return self.see(self.pixels(images))
+
+    def pixels(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b 3 size size"]:
+        """What it is fed with: square, of its size, normalised.
 
         Pictures that are not square get bars of the neutral fill: cropping would cut off what is to be shown.
         """
@@ -48,7 +51,11 @@ class ImageEncoder:
         gap_x, gap_y = max(0, height - width), max(0, width - height)
         bars = (gap_x // 2, gap_x - gap_x // 2, gap_y // 2, gap_y - gap_y // 2)
         square = F.pad(images.float(), bars, value=NEUTRAL)
-        pixels = preprocess(square, self.size).to(self.model.device)
+        return preprocess(square, self.size)
+
+    @torch.no_grad()
+    def see(self, pixels: Float[Tensor, "b 3 size size"]) -> Float[Tensor, "b 1 *tokens d"]:
+        pixels = pixels.to(self.model.device)
         if self.tokens == "pooled":
             return self.model(pixel_values=pixels).image_embeds[:, None]
         return self.model(pixel_values=pixels, output_hidden_states=True).hidden_states[-2][:, None]

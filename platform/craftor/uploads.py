@@ -7,6 +7,7 @@ editor meant is honoured: rotation by EXIF, CMYK inks, transparency. Nothing is 
 import io
 import struct
 import warnings
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,11 @@ from torch import Tensor
 
 
 class UploadRefused(ValueError):
-    """A file that is not decoded; the message names it, what is wrong and what is allowed."""
+    """A file that is not used; the message names it, what is wrong and what is allowed."""
+
+    def __init__(self, what: str, message: str) -> None:
+        super().__init__(f"{what}: {message}")
+        self.what = what
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,8 @@ class Limits:
     max_pixels: int = 4096 * 4096
     formats: tuple[str, ...] = ("PNG", "JPEG", "WEBP")
     """Pillow's names of them."""
+    size: tuple[int, int] | None = None
+    """Width and height, where only one size will do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +45,19 @@ class Picture:
 
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 """Eight bits a channel or fewer: conversion from others would clip."""
+_BROKEN = (
+    UnidentifiedImageError,
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+)
+"""What Pillow raises for files that are not as their format demands."""
 
 
 def picture(data: bytes, limits: Limits = Limits(), what: str = "image") -> Picture:  # noqa: B008  # it is frozen
@@ -52,9 +72,9 @@ def picture(data: bytes, limits: Limits = Limits(), what: str = "image") -> Pict
 
 
 def mask(data: bytes, limits: Limits = Limits(), what: str = "mask") -> Float[Tensor, "1 H W"]:  # noqa: B008
-    """Decode an uploaded mask: opacity where the file has any transparency, else brightness. Raises UploadRefused."""
+    """Decode an uploaded mask: opacity where anything in it is transparent, else brightness. Raises UploadRefused."""
     found = picture(data, limits, what)
-    if found.alpha is not None:
+    if found.alpha is not None and found.alpha.amin() < 1:
         return found.alpha
     return found.image.mean(0, keepdim=True)
 
@@ -62,27 +82,44 @@ def mask(data: bytes, limits: Limits = Limits(), what: str = "mask") -> Float[Te
 def _open(data: bytes, limits: Limits, what: str) -> Image.Image:
     """The one frame of a file, unpacked and upright."""
     if len(data) > limits.max_bytes:
-        raise UploadRefused(f"{what}: {len(data)} bytes; allowed: at most {limits.max_bytes}")
+        raise UploadRefused(what, f"{len(data)} bytes; allowed: at most {limits.max_bytes}")
     allowed = ", ".join(limits.formats)
     try:
         with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
             opened = Image.open(io.BytesIO(data), formats=limits.formats)
+        frames = getattr(opened, "n_frames", 1)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise UploadRefused(f"{what}: far more pixels than the {limits.max_pixels} allowed") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, TypeError) as error:
-        raise UploadRefused(f"{what}: not a picture of an allowed format ({allowed}); {type(error).__name__}") from None
-    width, height = opened.size  # from the header: no pixel is unpacked yet
-    if width * height > limits.max_pixels:
-        raise UploadRefused(f"{what}: {width}x{height} pixels; allowed: at most {limits.max_pixels} in all")
-    if (frames := getattr(opened, "n_frames", 1)) > 1:
-        raise UploadRefused(f"{what}: {frames} frames; allowed: a picture that does not move")
-    if opened.mode not in _MODES:
-        raise UploadRefused(f"{what}: pixels of kind {opened.mode}; allowed: 8 bits a channel")
+        raise UploadRefused(what, f"far more pixels than the {limits.max_pixels} allowed") from None
+    except _BROKEN as error:
+        raise UploadRefused(what, f"not a picture of an allowed format ({allowed}); {type(error).__name__}") from None
+    _check_header(opened, limits, what)
+    if frames > 1 and opened.format != "MPO":  # a camera's JPEG, with a second picture for other screens behind it
+        raise UploadRefused(what, f"{frames} frames; allowed: a picture that does not move")
     try:
         opened.load()
-        return ImageOps.exif_transpose(opened)
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-        raise UploadRefused(f"{what}: broken or cut short ({type(error).__name__})") from None
+        upright = ImageOps.exif_transpose(opened)
+    except _BROKEN as error:
+        raise UploadRefused(what, f"broken or cut short ({type(error).__name__})") from None
+    if limits.size not in (None, upright.size):
+        raise _other_size(upright, limits, what)
+    return upright
+
+
+def _check_header(opened: Image.Image, limits: Limits, what: str) -> None:
+    """No pixel is unpacked yet."""
+    width, height = opened.size
+    if limits.size is not None and opened.size not in (limits.size, limits.size[::-1]):  # it may lie on its side
+        raise _other_size(opened, limits, what)
+    if width * height > limits.max_pixels:
+        raise UploadRefused(what, f"{width}x{height} pixels; allowed: at most {limits.max_pixels} in all")
+    if opened.mode not in _MODES:
+        raise UploadRefused(what, f"pixels of kind {opened.mode}; allowed: 8 bits a channel")
+
+
+def _other_size(found: Image.Image, limits: Limits, what: str) -> UploadRefused:
+    assert limits.size is not None
+    width, height = limits.size
+    return UploadRefused(what, f"{found.width}x{found.height} pixels, allowed: {width}x{height}, the size asked for")
 
 
 def _tensor(image: Image.Image) -> Float[Tensor, "c H W"]:

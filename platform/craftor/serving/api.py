@@ -1,30 +1,26 @@
 """The HTTP interface of one replica: OpenAI's images API with mixtures, and what operators need."""
 
 import asyncio
-import base64
-import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Header, Request
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi_offline import FastAPIOffline
 
 from craftor import __version__
-from craftor.serving import errors, tracing
-from craftor.serving.admission import Rejected
+from craftor.serving import errors, form, references
+from craftor.serving.answering import answer
 from craftor.serving.body_limit import BodyLimit
 from craftor.serving.count import CountAnswers
-from craftor.serving.errors import ApiError, busy
-from craftor.serving.generation import begin, events, picture, submit
+from craftor.serving.errors import ApiError
 from craftor.serving.jobs import NOT_HERE
-from craftor.serving.listing import encoder_entry, model_entry, size_name
+from craftor.serving.listing import encoder_entry, model_entry
 from craftor.serving.metrics import together
-from craftor.serving.schema import Generation
+from craftor.serving.schema import Asked, Generation
 from craftor.serving.service import Service
 from craftor.serving.webhook import from_mlflow
 
@@ -49,7 +45,8 @@ def build_app(service: Service, everywhere: Everywhere | None = None) -> FastAPI
     app = FastAPIOffline(title="Craftor", version=__version__, summary=summary, redoc_url=None)
     errors.install(app)
     app.add_middleware(CountAnswers, metrics=service.metrics)
-    app.add_middleware(BodyLimit, limit=settings.limits.body_bytes)
+    limits = settings.limits
+    app.add_middleware(BodyLimit, limit=limits.body_bytes, others={"/v1/images/edits": limits.edit_bytes})
     if settings.http.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.http.cors_origins), allow_methods=["*"], allow_headers=["*"]
@@ -63,12 +60,13 @@ def build_app(service: Service, everywhere: Everywhere | None = None) -> FastAPI
 
 
 def _images(app: FastAPI, service: Service, everywhere: Everywhere | None) -> None:
-    settings, engine = service.settings, service.engine
+    settings = service.settings
 
     def client(authorization: Annotated[str | None, Header()] = None) -> str:
         return service.gate.client(authorization)
 
     Client = Annotated[str, Depends(client)]
+    unpacking = asyncio.Lock()  # one form's pictures at a time: they may be large, and many may come at once
 
     @app.post("/v1/images/generations", responses=ERRORS)
     async def generate(
@@ -79,37 +77,24 @@ def _images(app: FastAPI, service: Service, everywhere: Everywhere | None) -> No
         x_deadline_ms: Annotated[int | None, Header(ge=1, le=86_400_000)] = None,
     ) -> Response:
         """Images of a prompt. `X-Deadline-Ms`: refuse at once (429) what cannot be done by then."""
-        # A token's owner may ask for many users; without tokens, an address is the best there is.
-        address = request.client.host if request.client and not settings.tokens else ""
-        images = service.interpreter.images(body, f"{client}/{body.user or address}")
-        if not engine.alive:
-            raise ApiError(503, "this replica has failed; ask again", code="replica_failed")
-        job = service.jobs.name(x_job_id)
-        try:
-            with service.gate.charge(client, sum(engine.cost(image) for image in images)):
-                deadline = None if x_deadline_ms is None else x_deadline_ms / 1000
-                asked = submit(engine, images, client, deadline, tracing.caller(request.headers))
-        except Rejected as rejected:
-            service.metrics.rejects.labels(rejected.reason).inc()
-            raise busy(rejected) from None
-        size = size_name(images[0])
-        headers = {"X-Job-Id": job, "Cache-Control": "no-store"}
-        if body.stream:
-            stream = events(engine, settings.name, size, job, asked)
-            begun = await begin(stream, service.jobs.running(job, client, asked.rows))
-            return StreamingResponse(begun, media_type="text/event-stream", headers=headers)
-        with service.jobs.running(job, client, asked.rows):
-            pictures = [picture(engine, settings.name, row) for row in asked.rows]
-            done = await _unless_gone(request, asyncio.gather(*pictures))
-        data = []
-        for content, described in done:
-            if body.response_format == "url":
-                name = await asyncio.to_thread(service.pictures.keep, content)
-                data.append({"url": str(request.url_for("image", name=name)), "provenance": described})
-            else:
-                data.append({"b64_json": base64.b64encode(content).decode(), "provenance": described})
-        answer = {"created": int(time.time()), "data": data, "job": job, "size": size, "output_format": "png"}
-        return JSONResponse(answer, headers=headers)
+        images = service.interpreter.images(body, _caller(service, body, request, client))
+        return await answer(service, body, images, request, client, x_job_id, x_deadline_ms)
+
+    @app.post("/v1/images/edits", responses=ERRORS, openapi_extra=form.document())
+    async def edit(
+        request: Request,
+        client: Client,
+        x_job_id: Annotated[str | None, Header()] = None,
+        x_deadline_ms: Annotated[int | None, Header(ge=1, le=86_400_000)] = None,
+    ) -> Response:
+        """Images with the object of the pictures sent, in the scene of a prompt; `X-Deadline-Ms` as above."""
+        if service.objects is None:
+            raise ApiError(404, NO_OBJECTS, code="object_encoder_not_found")
+        sent = await form.read(request)
+        async with unpacking:
+            shown = await asyncio.to_thread(references.read, sent, service.objects, settings.limits, service.metrics)
+        images = service.interpreter.images(sent.body, _caller(service, sent.body, request, client), shown)
+        return await answer(service, sent.body, images, request, client, x_job_id, x_deadline_ms)
 
     @app.delete("/v1/jobs/{job}", responses=ERRORS)
     async def cancel(job: str, client: Client) -> dict[str, Any]:
@@ -189,6 +174,16 @@ def _playground(app: FastAPI) -> None:
         return Response(status_code=307, headers={"Location": "/playground"})
 
 
+def _caller(service: Service, body: Asked, request: Request, client: str) -> str:
+    """Who gets a canary or not: a token's owner may ask for many users; without tokens an address is the best."""
+    address = request.client.host if request.client and not service.settings.tokens else ""
+    return f"{client}/{body.user or address}"
+
+
+NO_OBJECTS = (
+    "this server has no object encoder, which would draw the object of an image: name one in the file that it serves, "
+    "object_encoder = 'FOLDER' or 'NAME@ALIAS'"
+)
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": text, "content": {"application/json": {"schema": {"type": "object"}}}}
     for status, text in (
@@ -208,24 +203,3 @@ def _document_what_is_answered(app: FastAPI) -> None:
     for path in app.openapi()["paths"].values():
         for operation in path.values():
             operation["responses"].pop("422", None)
-
-
-async def _unless_gone(request: Request, work: "asyncio.Future[list[Any]]") -> list[Any]:
-    """The work's result; given up when the client hangs up."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    left = asyncio.ensure_future(gone())
-    try:
-        both: set[asyncio.Future[Any]] = {work, left}
-        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise ApiError(499, "the client hung up", code="cancelled")
-        return work.result()
-    finally:
-        left.cancel()
-        work.cancel()
-        with suppress(asyncio.CancelledError):
-            await left

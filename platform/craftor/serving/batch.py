@@ -1,8 +1,9 @@
 """Rows that differ in everything but their latents' shape -> one padded UNet call, and each row a step further.
 
 Timestep, guidance, solver coefficients and embeddings are all tensors with one entry a row, so nothing needs to be
-equal for rows to share a call. A row takes one slot of it, or two under guidance; the rest is padding. The arithmetic
-is that of `Guided.step`: a row's bits depend on the size of the call and on nothing else in it.
+equal for rows to share a call. A row takes one slot of it, two under guidance, three where an object guides apart; the
+rest is padding. The arithmetic is that of `Guided.step` (and with an object that of `craftor.customize`): a row's bits
+depend on the size of the call and on nothing else in it.
 """
 
 from collections.abc import Sequence
@@ -34,16 +35,25 @@ def network(base: Diffuser, latent_shape: tuple[int, int, int]) -> Guided:
 def advance(unet: Guided, rows: Sequence[Row], bucket: int, controlnet: ControlNet | None = None) -> float:
     """Take each row's next denoising step in one UNet call of `bucket` slots; returns the call's seconds."""
     prompts = [row.prompt() for row in rows]
-    guided = [i for i, row in enumerate(rows) if row.request.slots == 2]
-    padding = bucket - len(rows) - len(guided)
+    guided = [i for i, row in enumerate(rows) if row.request.slots > 1]
+    apart = [i for i in guided if rows[i].request.slots == 3]
+    padding = bucket - len(rows) - len(guided) - len(apart)
     assert padding >= 0, f"{len(rows)} rows of which {len(guided)} are guided do not fit in {bucket} slots"
-    slots = [*range(len(rows)), *guided, *[0] * padding]
+    slots = [*range(len(rows)), *guided, *apart, *[0] * padding]
 
     latents = torch.stack([row.latents for row in rows])
     condition = _stack(
-        [p.condition for p in prompts] + [prompts[i].null for i in guided] + [prompts[0].condition] * padding,
+        [p.condition for p in prompts]
+        + [prompts[i].null for i in (*guided, *apart)]
+        + [prompts[0].condition] * padding,
         unet.precision,
     )
+    if shown := [row.request.shown.encoder for row in rows if row.request.shown is not None]:
+        unet = replace(unet, unet=shown[0].unet)
+        sees = [row.sees() for row in rows]
+        each = [*sees, *[None] * len(guided), *(sees[i] for i in apart), *[None] * padding]
+        none = torch.zeros_like(next(row.seen for row in rows if row.seen is not None))
+        condition = replace(condition, image=torch.cat([none if one is None else one for one in each]))
     steps = [row.schedule[row.index] for row in rows]
     timesteps = torch.tensor([steps[i].timestep for i in slots], device=latents.device)
 
@@ -57,11 +67,9 @@ def advance(unet: Guided, rows: Sequence[Row], bucket: int, controlnet: ControlN
         torch.cuda.synchronize(latents.device)  # so that the seconds are the call's, and rows join the step that runs
     seconds = perf_counter() - started
 
-    output, unconditional = out[: len(rows)], out[len(rows) : len(rows) + len(guided)]
+    output, unconditional, object_alone, _ = out.split([len(rows), len(guided), len(apart), padding])
     if guided:
-        scale = _column([rows[i].request.guidance_scale for i in guided], latents)
-        output = output.clone()
-        output[guided] = unconditional + scale * (output[guided] - unconditional)
+        output = _guide(rows, guided, output, unconditional, apart, object_alone)
     p, q, keep, new, old = (
         _column([getattr(s, name) for s in steps], latents) for name in ("p", "q", "keep", "new", "old")
     )
@@ -81,6 +89,36 @@ def _stack(conditions: Sequence[Condition], precision: torch.dtype) -> Condition
     """In the UNet's precision: autocast would round the same embeddings anew, to the same bits, in every attention."""
     together = Condition(*(torch.cat(tensors) for tensors in zip(*(c.tensors for c in conditions), strict=True)))
     return replace(together, embeds=together.embeds.to(precision))
+
+
+def _guide(
+    rows: Sequence[Row],
+    guided: Sequence[int],
+    output: Tensor,
+    unconditional: Tensor,
+    apart: Sequence[int],
+    object_alone: Tensor,
+) -> Tensor:
+    """The guided rows' outputs in place of their conditional ones.
+
+    `null + w (text - null)`; where an object guides apart, `null + o (object - null) + w (text and object - object)`.
+    """
+    below = unconditional.clone()
+    start = unconditional.clone()
+    if apart:
+        places = [guided.index(i) for i in apart]
+        weight = _column([_object_weight(rows[i]) for i in apart], output)
+        start[places] = unconditional[places] + weight * (object_alone - unconditional[places])
+        below[places] = object_alone
+    scale = _column([rows[i].request.guidance_scale for i in guided], output)
+    output = output.clone()
+    output[guided] = start + scale * (output[guided] - below)
+    return output
+
+
+def _object_weight(row: Row) -> float:
+    assert row.request.shown is not None
+    return row.request.shown.weight
 
 
 def _column(numbers: Sequence[float], like: Tensor) -> Tensor:

@@ -37,9 +37,9 @@ def measure(
     return found
 
 
-def knee(seconds: dict[int, float]) -> int:
+def knee(seconds: dict[int, float], least: int = 2) -> int:
     """The smallest bucket whose slots cost within TOLERANCE of the cheapest there are; at least 2, for guidance."""
-    per_slot = {size: call / size for size, call in seconds.items() if size >= 2}
+    per_slot = {size: call / size for size, call in seconds.items() if size >= least}
     return min(size for size, cost in per_slot.items() if cost <= (1 + TOLERANCE) * min(per_slot.values()))
 
 

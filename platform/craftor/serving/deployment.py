@@ -154,6 +154,7 @@ def _absolute(settings: Serving) -> Serving:
         update={
             "model": settings.model.model_copy(update={"path": fix(settings.model.path)}),
             "controlnet": settings.controlnet and fix(settings.controlnet),
+            "object_encoder": settings.object_encoder and fix(settings.object_encoder),
             "encoders": {name: fix(source) for name, source in settings.encoders.items()},
             "canaries": {
                 name: canary.model_copy(update={"source": fix(canary.source)})

@@ -27,6 +27,8 @@ from craftor.serving.work import Cancelled, EngineEnded, ImageRequest, Listener,
 from craftor.solver import Schedule, begun_at, schedule
 
 Shape = tuple[int, int, int]
+Key = tuple[Shape, tuple[str, int] | None]
+"""Of a lane: the latents' shape, and what else its rows have in common."""
 
 
 class Engine:
@@ -38,17 +40,19 @@ class Engine:
         settings: EngineSettings,
         observer: Observer | None = None,
         controlnet: ControlNet | None = None,
+        most_slots: int = 2,
     ) -> None:
+        """`most_slots` is what the largest row may take of a UNet call."""
         self.base, self.settings, self.observer, self.controlnet = base, settings, observer, controlnet
         self.embeddings = Embeddings(base, settings.cached_prompts)
         torch.set_num_threads(settings.threads)
         plain = network(base, base.latent_shape)
         tried = buckets.ladder("fast", settings.bucket or settings.max_bucket)
         self.profile = buckets.measure(plain, base.latent_shape, base.null(), tried)
-        self.capacity = settings.bucket or buckets.knee(self.profile)
+        self.capacity = settings.bucket or buckets.knee(self.profile, most_slots)
         self.sizes = buckets.ladder(settings.mode, self.capacity)
-        self._lanes: dict[Shape, Lane] = {}
-        self._turn: list[Shape] = []
+        self._lanes: dict[Key, Lane] = {}
+        self._turn: list[Key] = []
         self._schedules: dict[tuple[str, int], Schedule] = {}
         self._work = threading.Condition()
         self._stopping = False
@@ -162,16 +166,16 @@ class Engine:
             for row in lane.clear(now):
                 row.fail(Rejected("the deadline passed before its turn came", row.cost, "deadline"))
                 self._ended(row, "late")
-        for shape in self._turn:
-            lane = self._lanes[shape]
+        for key in self._turn:
+            lane = self._lanes[key]
             joined, reason = lane.fill(self.capacity)
             for row in joined:
                 row.started = time.monotonic()
                 if self.observer is not None:
                     self.observer.started(row.started - row.submitted)
             if lane.running:
-                self._turn.remove(shape)
-                self._turn.append(shape)
+                self._turn.remove(key)
+                self._turn.append(key)
                 return lane, reason
         return None, "idle"
 
@@ -182,6 +186,8 @@ class Engine:
         if row.cancelled:
             return
         row.base, row.members = self.embeddings.prompts(row.request, row.schedule)
+        if row.request.shown is not None:
+            row.seen = row.request.shown.seen
         if row.request.upload is not None:
             row.kept = encode(self.base, row.request.upload, row.latents)
             row.latents = row.kept.begin(row.schedule[row.index], row.request.upload.strength)
@@ -219,7 +225,7 @@ class Engine:
 
     def _done_in(self, rows: Sequence[Row]) -> float:
         """Seconds until the last of these new rows is done, after all that is ahead of them; lanes take turns."""
-        lane = self._lane(rows[0])  # a request's images are of one size
+        lane = self._lane(rows[0])  # a request's images are of one size and show one object
         others = sum(bool(other.running or len(other.waiting)) for other in self._lanes.values() if other is not lane)
         return lane.done_in(rows, self.capacity, (1 + others) * lane.seconds[self.capacity])
 
@@ -230,13 +236,13 @@ class Engine:
         return self.base.latent_shape[0], height, width
 
     def _lane(self, row: Row) -> Lane:
-        channels, height, width = row.latents.shape
-        shape: Shape = (channels, height, width)
-        if shape not in self._lanes:
+        shape = self._shape(row.request)
+        key: Key = shape, row.request.company
+        if key not in self._lanes:
             seconds = {size: self._pixels(shape) * self.profile[size] for size in self.sizes}
-            self._lanes[shape] = Lane(network(self.base, shape), seconds)
-            self._turn.append(shape)
-        return self._lanes[shape]
+            self._lanes[key] = Lane(network(self.base, shape), seconds)
+            self._turn.append(key)
+        return self._lanes[key]
 
     def _pixels(self, shape: Shape) -> float:
         """Of a shape, over those of the model's own: a first guess of how much longer its steps take."""
@@ -244,7 +250,7 @@ class Engine:
 
     def _step_seconds(self, request: ImageRequest) -> float:
         shape = self._shape(request)
-        lane = self._lanes.get(shape)
+        lane = self._lanes.get((shape, request.company))
         return lane.seconds[self.capacity] if lane else self._pixels(shape) * self.profile[self.capacity]
 
     def _sample_latents(self) -> Tensor:

@@ -83,8 +83,10 @@ async def picture(engine: Engine, model: str, row: Row) -> tuple[bytes, dict[str
     return await asyncio.to_thread(png, image, described), described
 
 
-async def events(engine: Engine, model: str, size: str, job: str, asked: Asked) -> AsyncGenerator[bytes, None]:
-    """Server-sent events in OpenAI's names: previews as they come, each image when it is done."""
+async def events(
+    engine: Engine, model: str, size: str, job: str, asked: Asked, kind: str
+) -> AsyncGenerator[bytes, None]:
+    """Server-sent events in OpenAI's names, which begin with `kind`: previews as they come, each image when done."""
     pictures = [asyncio.ensure_future(picture(engine, model, row)) for row in asked.rows]
     preview = asyncio.ensure_future(asked.previews.get())
     shown = dict.fromkeys(range(len(pictures)), 0)
@@ -102,11 +104,11 @@ async def events(engine: Engine, model: str, size: str, job: str, asked: Asked) 
                 for which, step, image in shows:
                     own = {"partial_image_index": shown[which], "step": step, "image_index": which}
                     shown[which] += 1
-                    yield event("image_generation.partial_image", common | own, await asyncio.to_thread(png, image))
+                    yield event(f"{kind}.partial_image", common | own, await asyncio.to_thread(png, image))
             for which in [i for i, picture_ in left.items() if picture_ in done]:
                 data, described = left.pop(which).result()
                 last: dict[str, Any] = {"image_index": which, "provenance": described}
-                yield event("image_generation.completed", common | last, data)
+                yield event(f"{kind}.completed", common | last, data)
     except ApiError as error:
         yield b"event: error\ndata: " + json.dumps({"type": "error", **error.body}).encode() + b"\n\n"
     finally:

@@ -2,6 +2,7 @@
 
 import math
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -10,10 +11,12 @@ from craftor.mixture import MixtureError, check_weights, timesteps
 from craftor.serving.control import Control
 from craftor.serving.errors import ApiError
 from craftor.serving.library import Library, NotServed
-from craftor.serving.schema import MAX_SEED, Generation, Mix, Portion
+from craftor.serving.objects import ObjectEncoder, Reference, Shown
+from craftor.serving.schema import MAX_SEED, Asked, Edit, Generation, Mix, Portion
 from craftor.serving.settings import SIZE, Serving
-from craftor.serving.upload import BadPicture, Upload, read, read_picture
+from craftor.serving.upload import Upload, read, read_picture
 from craftor.serving.work import ImageRequest, Share
+from craftor.uploads import UploadRefused
 
 Number = TypeVar("Number", int, float)
 
@@ -25,6 +28,7 @@ class Interpreter:
     settings: Serving
     base: Diffuser
     library: Library
+    objects: ObjectEncoder | None = None
 
     @property
     def sizes(self) -> dict[str, tuple[int, int]]:
@@ -33,8 +37,11 @@ class Interpreter:
         own = {f"{width}x{height}": (height, width)}
         return own | {size: (int(h), int(w)) for size in self.settings.limits.sizes for w, h in [size.split("x")]}
 
-    def images(self, body: Generation, caller: str) -> list[ImageRequest]:
-        """All images of a request: mixture by mixture, seeds in order. Canaries are drawn by `caller`."""
+    def images(self, body: Asked, caller: str, references: Sequence[Reference] = ()) -> list[ImageRequest]:
+        """All images of a request: mixture by mixture, seeds in order. Canaries are drawn by `caller`.
+
+        `references` are an `Edit`'s pictures of its object.
+        """
         limits, defaults = self.settings.limits, self.settings.defaults
         if body.model not in (None, self.settings.name):
             raise ApiError(
@@ -65,7 +72,9 @@ class Interpreter:
         if seed + count - 1 > MAX_SEED:
             raise ApiError(400, f"seed: {seed} + n is over {MAX_SEED}", param="seed", code="invalid_value")
         size = self._size(body.size)
-        upload, control = _upload(body, size), self._control(body, size)
+        upload = _upload(body, size) if isinstance(body, Generation) else None
+        control = self._control(body, size) if isinstance(body, Generation) else None
+        shown = self._shown(body, references, steps, guidance) if isinstance(body, Edit) else None
         return [
             ImageRequest(
                 prompt=prompt,
@@ -78,11 +87,19 @@ class Interpreter:
                 size=size,
                 upload=upload,
                 control=control,
+                shown=shown,
                 previews=body.partial_images or 0,
             )
             for shares in [self._shares(mix, param, caller) for param, mix in mixes]
             for k in range(count)
         ]
+
+    def _shown(self, body: Edit, references: Sequence[Reference], steps: int, guidance: float) -> Shown | None:
+        assert self.objects is not None
+        weight = guidance if body.object_weight is None else body.object_weight
+        weight = _at_most(weight, "object_weight", self.settings.limits.guidance_scale)
+        first = _at_most(body.object_from or 0, "object_from", steps - 1)
+        return None if weight == 0 else Shown(self.objects, tuple(references), weight, first)
 
     def _control(self, body: Generation, size: tuple[int, int]) -> Control | None:
         if body.control_image is None:
@@ -95,8 +112,8 @@ class Interpreter:
             raise ApiError(400, message, param="control_image", code="unknown_parameter")
         try:
             picture, digest = read_picture(body.control_image, "control_image", size)
-        except BadPicture as error:
-            raise ApiError(400, str(error), param=error.param, code="invalid_value") from None
+        except UploadRefused as error:
+            raise ApiError(400, str(error), param=error.what, code="invalid_value") from None
         return Control(picture, 1.0 if body.control_scale is None else body.control_scale, digest)
 
     def _size(self, text: str | None) -> tuple[int, int]:
@@ -167,8 +184,8 @@ def _upload(body: Generation, size: tuple[int, int]) -> Upload | None:
         return None
     try:
         return read(body.image, body.mask, body.strength or 0.8, size)
-    except BadPicture as error:
-        raise ApiError(400, str(error), param=error.param, code="invalid_value") from None
+    except UploadRefused as error:
+        raise ApiError(400, str(error), param=error.what, code="invalid_value") from None
 
 
 def _text(text: str, param: str, limit: int) -> str:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from craftor.encoders import Encoder
+from craftor.serving.objects import ObjectEncoder
 from craftor.serving.service import Service
 from craftor.serving.work import ImageRequest
 
@@ -23,9 +24,22 @@ def model_entry(service: Service) -> dict[str, Any]:
         "owned_by": "craftor",
         "base": settings.model.path,
         "controlnet": settings.controlnet,
+        "object_encoder": None if service.objects is None else object_encoder_entry(service.objects),
         "sizes": list(service.interpreter.sizes),
         "defaults": settings.defaults.model_dump(),
         "limits": settings.limits.model_dump(),
+    }
+
+
+def object_encoder_entry(encoder: ObjectEncoder) -> dict[str, Any]:
+    return {
+        "id": encoder.name,
+        "object": "object_encoder",
+        "version": encoder.version,
+        "uri": encoder.uri,
+        "sha256": encoder.sha256,
+        "run_id": encoder.run_id,
+        **{key: encoder.description.get("object", {}).get(key) for key in ("domain", "tokens", "unet")},
     }
 
 

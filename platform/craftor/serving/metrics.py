@@ -9,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from craftor.serving.engine import Engine
 from craftor.serving.library import Library
+from craftor.serving.objects import ObjectEncoder
 
 _SHORT = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
 _LONG = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120)
@@ -29,6 +30,7 @@ class Metrics:
         self.images = Counter("images", "Images by how they ended", ["outcome"], **kept)
         self.latency = Histogram("image_seconds", "From submission to a finished image", buckets=_LONG, **kept)
         self.rejects = Counter("rejects", "Requests refused with 429", ["reason"], **kept)
+        self.references = Counter("references", "Uploaded pictures of objects", ["outcome"], **kept)
         self.requests = Counter("http_requests", "Answers", ["route", "status"], **kept)
         self.ongoing = Gauge("http_ongoing", "Requests in flight", **kept)
 
@@ -47,9 +49,9 @@ class Metrics:
         if outcome == "completed":
             self.latency.observe(seconds)
 
-    def watch(self, engine: Engine, library: Library) -> None:
-        """Also tell, when asked, what these two know themselves."""
-        self.registry.register(_Known(engine, library))
+    def watch(self, engine: Engine, library: Library, objects: ObjectEncoder | None = None) -> None:
+        """Also tell, when asked, what these know themselves."""
+        self.registry.register(_Known(engine, library, objects))
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
@@ -79,8 +81,8 @@ class _Told:
 class _Known:
     """Read at the time of the scrape."""
 
-    def __init__(self, engine: Engine, library: Library) -> None:
-        self.engine, self.library = engine, library
+    def __init__(self, engine: Engine, library: Library, objects: ObjectEncoder | None) -> None:
+        self.engine, self.library, self.objects = engine, library, objects
 
     def describe(self) -> list[Metric]:
         return []
@@ -101,6 +103,12 @@ class _Known:
         for name, encoder in self.library.table.items():
             served.add_metric([name, str(encoder.version or ""), encoder.sha256], 1)
         yield served
+        if (objects := self.objects) is not None:
+            eye = GaugeMetricFamily(
+                "craftor_object_encoder_info", "The object encoder served", labels=["encoder", "version", "sha256"]
+            )
+            eye.add_metric([objects.name, objects.version or "", objects.sha256], 1)
+            yield eye
         problems = GaugeMetricFamily("craftor_encoder_problems", "Encoders whose newest version is not in use")
         problems.add_metric([], len(self.library.problems))
         yield problems

@@ -41,7 +41,8 @@ def _family(http: Http) -> socket.AddressFamily:
 
 def _check_references(settings: Serving) -> None:
     canaries = {name: canary.source for name, canary in settings.canaries.items()}
-    wanted = [source for source in (*settings.encoders.values(), *canaries.values()) if not Path(source).is_dir()]
+    named = [*settings.encoders.values(), *canaries.values(), *filter(None, [settings.object_encoder])]
+    wanted = [source for source in named if not Path(source).is_dir()]
     if not wanted and settings.registered is None:
         return
     from craftor.tracking import client

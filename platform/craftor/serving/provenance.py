@@ -41,6 +41,17 @@ def record(row: Row, model: str, engine: dict[str, Any]) -> dict[str, Any]:
         begun = {"image": files | {"strength": upload.strength, "steps": [request.first_step, request.num_steps]}}
     if (control := request.control) is not None:
         begun |= {"control": {"sha256": control.sha256, "scale": control.scale}}
+    if (shown := request.shown) is not None:
+        eye = shown.encoder
+        begun |= {
+            "object": {
+                **{"encoder": eye.name, "version": eye.version, "uri": eye.uri, "sha256": eye.sha256},
+                "run_id": eye.run_id,
+                "images": [{"sha256": one.sha256, "mask_sha256": one.mask_sha256} for one in shown.references],
+                "weight": shown.weight,
+                "steps": [shown.from_step, request.num_steps],
+            }
+        }
     return begun | {
         "craftor": __version__,
         "model": model,

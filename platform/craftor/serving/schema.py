@@ -1,4 +1,4 @@
-"""The body of an image request: OpenAI's fields, and ours for mixtures. Limits that are settings are in `interpret`."""
+"""The bodies of image requests: OpenAI's fields, and ours for mixtures. Limits that are settings are in `interpret`."""
 
 from typing import Annotated, Literal
 
@@ -27,8 +27,8 @@ class Portion(Body):
 Mix = dict[str, float | Portion]
 
 
-class Generation(Body):
-    """`POST /v1/images/generations`."""
+class Asked(Body):
+    """What any request for images may say."""
 
     prompt: str
     model: str | None = None
@@ -56,6 +56,11 @@ class Generation(Body):
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     """Of the first image; image k has seed + k, and is the same one alone."""
     scheduler: Literal["ddim", "euler", "dpm_solver_2m"] | None = None
+
+
+class Generation(Asked):
+    """`POST /v1/images/generations`."""
+
     image: str | None = None
     """A picture to begin from (base64 of a PNG, JPEG or WebP file of the size asked for)."""
     mask: str | None = None
@@ -66,3 +71,13 @@ class Generation(Body):
     """A picture that the server's ControlNet reads, where it has one (a file as `image`): edges, depth, a pose."""
     control_scale: float | None = Field(None, ge=0, le=2)
     """How much it counts; goes with `control_image`, by default 1."""
+
+
+class Edit(Asked):
+    """`POST /v1/images/edits`, but for its files: `image` (once or several times) and `mask`, which `form` reads."""
+
+    object_weight: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """How strongly the object guides, as `guidance_scale` does for the prompt and by default equal to it; 0 leaves the
+    object out. Another value than `guidance_scale` takes half as much work again."""
+    object_from: int | None = Field(None, ge=0)
+    """The first denoising step that sees the object, by default 0: later ones leave the layout to the prompt."""

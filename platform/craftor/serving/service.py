@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from craftor.diffuser import load
+from craftor import registry
+from craftor.diffuser import Diffuser, load
 from craftor.encoders import resolve, versions
 from craftor.serving.control import load_controlnet
 from craftor.serving.engine import Engine
@@ -14,8 +15,9 @@ from craftor.serving.interpret import Interpreter, check_sizes
 from craftor.serving.jobs import Jobs
 from craftor.serving.library import Discover, Library, Resolve, Watcher
 from craftor.serving.metrics import Metrics
+from craftor.serving.objects import ObjectEncoder, load_object_encoder
 from craftor.serving.pictures import Pictures
-from craftor.serving.settings import Serving
+from craftor.serving.settings import OBJECT_SLOTS, Serving
 from craftor.tracking import client
 
 
@@ -30,6 +32,7 @@ class Service:
     jobs: Jobs
     metrics: Metrics
     pictures: Pictures
+    objects: ObjectEncoder | None = None
 
     @property
     def problems(self) -> dict[str, str]:
@@ -45,14 +48,18 @@ class Service:
 @contextmanager
 def service(settings: Serving) -> Iterator[Service]:
     """Load, measure and start; stop at the end of the block. Raises what loading the base and the encoders raises."""
-    base = load(settings.model, "cuda" if settings.replicas.num_gpus else "cpu").hold_rounded()
+    base = load(settings.model, "cuda" if settings.replicas.num_gpus else "cpu")
     check_sizes(settings, base)
     look_up, discover = _registry(settings)
+    objects = _object_encoder(settings, base, look_up)
+    base.hold_rounded()
+    if objects is not None:
+        objects.hold_rounded(base)
     library = Library(base, settings.encoders, look_up, settings.canaries, discover)
     metrics = Metrics()
     controlnet = None if settings.controlnet is None else load_controlnet(settings.controlnet, base)
-    engine = Engine(base, settings.engine, metrics, controlnet).start()
-    metrics.watch(engine, library)
+    engine = Engine(base, settings.engine, metrics, controlnet, OBJECT_SLOTS if objects else 2).start()
+    metrics.watch(engine, library, objects)
     watcher = Watcher(library, settings.poll_seconds)
     pictures = Pictures(Path(settings.runs) / "served", settings.http.url_seconds)
     try:
@@ -61,20 +68,32 @@ def service(settings: Serving) -> Iterator[Service]:
             engine,
             library,
             watcher,
-            Interpreter(settings, base, library),
+            Interpreter(settings, base, library, objects),
             Gate(settings.tokens),
             Jobs(engine),
             metrics,
             pictures,
+            objects,
         )
     finally:
         watcher.stop()
         engine.stop()
 
 
+def _object_encoder(settings: Serving, base: Diffuser, look_up: Resolve | None) -> ObjectEncoder | None:
+    source = settings.object_encoder
+    if source is None:
+        return None
+    if not Path(source).is_dir():
+        assert look_up is not None
+        return load_object_encoder(look_up(source), base)
+    return load_object_encoder(Path(source), base)
+
+
 def _registry(settings: Serving) -> tuple[Resolve | None, Discover]:
     """Look-ups in the registry, where some encoder comes from there."""
     sources = [*settings.encoders.values(), *(canary.source for canary in settings.canaries.values())]
+    sources += [settings.object_encoder] if settings.object_encoder else []
     alias = settings.registered
     if alias is None and all(Path(source).is_dir() for source in sources):
         return None, dict
@@ -82,7 +101,8 @@ def _registry(settings: Serving) -> tuple[Resolve | None, Discover]:
     connected = client(Path(settings.runs))
 
     def discover() -> dict[str, str]:
-        found = [version.name for version in versions(connected) if alias in version.aliases]
+        there = [version for version in versions(connected) if registry.KIND not in version.tags]
+        found = [version.name for version in there if alias in version.aliases]
         return {name: f"{name}@{alias}" for name in found if name != "base"}  # which names the model's own
 
     return lambda text: resolve(connected, text), dict if alias is None else discover

@@ -12,6 +12,8 @@ from craftor.explain import explain
 from craftor.recipe import Model, RecipeError
 from craftor.rollout import Section
 
+OBJECT_SLOTS = 3
+"""Of a UNet call, for an image with an object that guides apart from the text."""
 SIZE = re.compile(r"([1-9]\d{0,3})x([1-9]\d{0,3})")
 
 
@@ -38,6 +40,8 @@ class Limits(Section):
 
     images: int = Field(16, ge=1)
     """n times the mixtures of a sweep."""
+    references: int = Field(4, ge=1, le=16)
+    """Pictures of one object."""
     encoders: int = Field(8, ge=0)
     """In one mixture."""
     steps: int = Field(100, ge=1, le=1000)
@@ -45,6 +49,10 @@ class Limits(Section):
     prompt_chars: int = Field(2000, ge=1)
     body_bytes: int = Field(2**22, ge=1024)
     """Uploaded pictures included."""
+    edit_bytes: int = Field(2**24, ge=1024)
+    """The same where an object's pictures are uploaded, which nobody is let do before the token is known."""
+    picture_pixels: int = Field(2**24, ge=1, le=2**27)
+    """Of one uploaded picture of an object; while it is made small each takes some 40 bytes, one picture at a time."""
     sizes: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """`WIDTHxHEIGHT` beside the model's own size."""
 
@@ -125,6 +133,9 @@ class Serving(Section):
     model: Model
     controlnet: str | None = None
     """A ControlNet's folder or hub id; images may then be steered by `control_image`."""
+    object_encoder: str | None = None
+    """A bundle's folder, or a reference into the registry: pictures of an object may then be sent to
+    `/v1/images/edits`. It is looked up once, at the start."""
     encoders: dict[str, str] = {}
     """The name a mixture uses, and where it comes from: a bundle's folder, or `name@alias`, `name/3`, `name` in the
     MLflow registry. What an alias points to is looked up again every `poll_seconds`."""
@@ -156,6 +167,14 @@ class Serving(Section):
     def _canaries_have_a_mine(self) -> "Serving":
         if unknown := self.canaries.keys() - self.encoders.keys():
             raise ValueError(f"canaries: no encoder {min(unknown)!r}; there are: {', '.join(self.encoders) or 'none'}")
+        return self
+
+    @model_validator(mode="after")
+    def _holds_an_object(self) -> "Serving":
+        engine = self.engine
+        for key, size in (("bucket", engine.bucket), ("max_bucket", engine.max_bucket)):
+            if self.object_encoder is not None and size is not None and size < OBJECT_SLOTS:
+                raise ValueError(f"engine.{key} = {size}: with an object_encoder at least {OBJECT_SLOTS}")
         return self
 
     @model_validator(mode="after")

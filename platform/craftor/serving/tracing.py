@@ -38,6 +38,7 @@ def ended(row: Row, context: Context, done: "Future[Any]") -> None:
     attributes: dict[str, Any] = {
         "craftor.encoders": [share.encoder.uri for share in request.shares],
         "craftor.weights": [share.weight for share in request.shares],
+        "craftor.object_encoder": request.shown.encoder.uri if request.shown else "",
         "craftor.steps": row.taken,
         "craftor.guidance_scale": request.guidance_scale,
         "craftor.seed": request.seed,

@@ -8,36 +8,16 @@ the rest is drawn anew, around it (Lugmayr et al. 2022, without resampling). Bot
 import base64
 import binascii
 import hashlib
-import io
-import struct
-import zlib
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from craftor import uploads
 from craftor.diffuser import Diffuser
 from craftor.solver import Step, add_noise
-
-FORMATS = ("PNG", "JPEG", "WEBP")
-MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")
-"""Pillow's names of what has at most eight bits a channel; others would be cut to that without a word."""
-BROKEN = (
-    UnidentifiedImageError,
-    Image.DecompressionBombError,
-    OSError,
-    SyntaxError,
-    ValueError,
-    LookupError,
-    EOFError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-)
-"""What Pillow raises for files that are not as their format demands."""
+from craftor.uploads import UploadRefused
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,48 +73,20 @@ def encode(base: Diffuser, upload: Upload, noise: Float[Tensor, "c h w"]) -> Kep
 
 
 def read(image: str, mask: str | None, strength: float, size: tuple[int, int]) -> Upload:
-    """Base64 files (with or without `data:` in front) of just this height and width. Raises BadPicture."""
+    """Base64 files (with or without `data:` in front) of just this height and width. Raises UploadRefused."""
     picture, digest = read_picture(image, "image", size)
     if mask is None:
         return Upload(picture, None, strength, digest)
-    where, hole = read_picture(mask, "mask", size, "L")
-    return Upload(picture, (where > 0.5).float(), strength, digest, hole)
+    where, hole = read_picture(mask, "mask", size)
+    return Upload(picture, (where.mean(0, keepdim=True) > 0.5).float(), strength, digest, hole)
 
 
-def read_picture(text: str, param: str, size: tuple[int, int], mode: str = "RGB") -> tuple[Float[Tensor, "c H W"], str]:
-    """One base64 file: its pixels in [0, 1], and the file's sha256. Raises BadPicture naming `param`."""
-    file = _bytes(text, param)
-    return _pixels(file, param, mode, size), hashlib.sha256(file).hexdigest()
-
-
-class BadPicture(ValueError):
-    """An upload that is no picture, or not one that can be begun from here."""
-
-    def __init__(self, param: str, message: str) -> None:
-        super().__init__(f"{param}: {message}")
-        self.param = param
-
-
-def _bytes(text: str, param: str) -> bytes:
+def read_picture(text: str, param: str, size: tuple[int, int]) -> tuple[Float[Tensor, "3 H W"], str]:
+    """One base64 file: its pixels in [0, 1], and the file's sha256. Raises UploadRefused naming `param`."""
     try:
-        return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
+        file = base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
     except (binascii.Error, ValueError):
-        raise BadPicture(param, "not base64") from None
-
-
-def _pixels(data: bytes, param: str, mode: str, size: tuple[int, int]) -> Float[Tensor, "c H W"]:
+        raise UploadRefused(param, "not base64") from None
     height, width = size
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-            # Both are known before any pixel is unpacked.
-            if opened.size != (width, height):
-                found = "x".join(map(str, opened.size))
-                raise BadPicture(param, f"{found} pixels, allowed: {width}x{height}, the size asked for")
-            if opened.mode not in MODES:
-                raise BadPicture(param, f"pixels of kind {opened.mode}, allowed: at most 8 bits a channel")
-            pixels = np.asarray(opened.convert(mode), dtype=np.float32) / 255
-    except BadPicture:
-        raise
-    except BROKEN as error:
-        raise BadPicture(param, f"not a PNG, JPEG or WebP file ({type(error).__name__})") from None
-    return torch.from_numpy(pixels).reshape(height, width, -1).movedim(-1, 0).contiguous()
+    found = uploads.picture(file, uploads.Limits(size=(width, height)), param)
+    return found.image, hashlib.sha256(file).hexdigest()

@@ -13,6 +13,7 @@ from craftor.denoise import Prompt
 from craftor.encoders import Encoder
 from craftor.mixture import Member, prompt_at
 from craftor.serving.control import Control
+from craftor.serving.objects import Shown
 from craftor.serving.upload import Kept, Upload
 from craftor.solver import Schedule
 
@@ -50,13 +51,21 @@ class ImageRequest:
     """A picture to begin from, instead of noise alone."""
     control: Control | None = None
     """A picture for the server's ControlNet."""
+    shown: Shown | None = None
+    """An object to draw, by a UNet that sees one."""
     previews: int = 0
     """How many pictures of the predicted clean latents to show on the way."""
 
     @property
     def slots(self) -> int:
-        """Places in a UNet call: guidance 1 needs no unconditional half."""
-        return 1 if self.guidance_scale == 1 else 2
+        """Places in a UNet call: guidance 1 needs no unconditional half, an object that guides apart a third part."""
+        apart = self.shown is not None and self.shown.weight != self.guidance_scale
+        return 3 if apart else 1 if self.guidance_scale == 1 else 2
+
+    @property
+    def company(self) -> tuple[str, int] | None:
+        """What rows of one UNet call have in common beside their latents' shape; None where any may share it."""
+        return None if self.shown is None else self.shown.company
 
     @property
     def first_step(self) -> int:
@@ -114,6 +123,8 @@ class Row:
     members: tuple[Member, ...] = ()
     kept: Kept | None = None
     """Of an uploaded picture."""
+    seen: Tensor | None = None
+    """`(1, n, *tokens, d)`: of an object's pictures, as soon as the row is encoded."""
     previous: Tensor = field(init=False)
     """The clean latents predicted last: what multistep solvers read, and previews show."""
     _mixed: tuple[tuple[int, ...], Prompt] | None = None
@@ -138,6 +149,11 @@ class Row:
         if self._mixed is None or self._mixed[0] != active:
             self._mixed = active, prompt_at(self.base, self.members, self.index)
         return self._mixed[1]
+
+    def sees(self) -> Tensor | None:
+        """The object, from the step on that first does."""
+        shown = self.request.shown
+        return self.seen if shown is not None and self.index >= shown.from_step else None
 
     def finish(self, image: Float[Tensor, "3 H W"]) -> bool:
         """The row's good end; False where it had ended otherwise."""

@@ -1,0 +1,163 @@
+"""Objects in the engine: they share calls with rows that have none, which cannot tell, and draw as elsewhere."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+from craftor import customize, object_adapter, object_condition
+from craftor.customize import Guidance
+from craftor.diffuser import Diffuser, load
+from craftor.encoders import EncoderRefused
+from craftor.recipe import Model
+from craftor.serving.engine import Engine
+from craftor.serving.objects import ObjectEncoder, Reference, Shown, load_object_encoder
+from craftor.serving.settings import OBJECT_SLOTS, EngineSettings
+from craftor.serving.work import ImageRequest, Share, first_noise
+from serving_parts import drain, encoded, tuned, write_object_bundle, write_tuned_bundle
+
+PROMPT = "a small red star"
+
+
+@pytest.fixture(scope="module")
+def base(tiny: Path) -> Diffuser:
+    return load(Model(path=str(tiny / "pipeline")))
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_object_bundle(tiny, tmp_path_factory.mktemp("objects"))
+
+
+@pytest.fixture(scope="module")
+def objects(bundle: Path, base: Diffuser) -> ObjectEncoder:
+    return load_object_encoder(bundle, base)
+
+
+@pytest.fixture(scope="module")
+def engine(base: Diffuser) -> Iterator[Engine]:
+    one = Engine(base, EngineSettings(bucket=8, queue_seconds=1000), most_slots=OBJECT_SLOTS)
+    yield one
+    one.stop()
+
+
+def picture(seed: int = 0) -> torch.Tensor:
+    return torch.rand(1, 3, 40, 30, generator=torch.Generator().manual_seed(seed))
+
+
+def shown(objects: ObjectEncoder, *seeds: int, weight: float, from_step: int = 0) -> Shown:
+    references = tuple(Reference(objects.images.pixels(picture(seed))[0], f"{seed:064x}") for seed in seeds)
+    return Shown(objects, references, weight, from_step)
+
+
+def plain(base: Diffuser) -> list[ImageRequest]:
+    return [
+        ImageRequest("a large blue ring", seed=1, num_steps=3, guidance_scale=1.0),
+        ImageRequest(PROMPT, seed=2, shares=(Share(tuned(base, 1), 1.0, (999, 0)),), num_steps=6, guidance_scale=2.0),
+        ImageRequest("a large red ring", seed=4, num_steps=5, solver="dpm_solver_2m", negative_prompt="blue"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "object_weight", "first", "slots"),
+    [(3.0, 3.0, 0, 2), (3.0, 1.5, 2, 3), (1.0, 1.0, 0, 1), (1.0, 2.0, 0, 3)],
+)
+def test_an_object_has_the_bits_of_its_own_alone_and_in_a_crowd_that_has_those_of_the_base(
+    base: Diffuser, engine: Engine, objects: ObjectEncoder, text: float, object_weight: float, first: int, slots: int
+) -> None:
+    assert objects.shares_calls
+    one = shown(objects, 0, weight=object_weight, from_step=first)
+    request = ImageRequest(PROMPT, seed=9, num_steps=5, guidance_scale=text, shown=one)
+    assert request.slots == slots
+    (alone,) = drain(engine, engine.submit([request]))
+    without = drain(engine, engine.submit(plain(base)))
+    rows = engine.submit([request, *plain(base)])
+    encoded(rows)
+    engine.step()
+    crowd = drain(engine, rows)
+    assert len(engine._lanes) == 1, "all in the same calls"
+    assert torch.equal(crowd[0], alone)
+    for image, same in zip(crowd[1:], without, strict=True):
+        assert (image - same).abs().max() == 0
+    (bare,) = drain(engine, engine.submit([replace(request, shown=None)]))
+    assert (bare - alone).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("text", "object_weight", "first"), [(3.0, 3.0, 0), (3.0, 1.5, 0), (2.0, 4.0, 2)])
+def test_it_draws_what_customize_draws(
+    base: Diffuser, engine: Engine, objects: ObjectEncoder, bundle: Path, text: float, object_weight: float, first: int
+) -> None:
+    one = shown(objects, 0, weight=object_weight, from_step=first)
+    request = ImageRequest(PROMPT, seed=9, num_steps=5, guidance_scale=text, shown=one)
+    (ours,) = drain(engine, engine.submit([request]))
+    noise = first_noise(9, base.latent_shape)[None]
+    theirs = customize.assemble(base, bundle).generate(
+        [PROMPT], picture(), noise, Guidance(5, text, object_weight, first)
+    )
+    torch.testing.assert_close(ours, theirs[0].clamp(0, 1), rtol=0, atol=1e-4)
+
+
+def test_several_pictures_of_an_object_are_a_stock_pipeline_s(
+    base: Diffuser, engine: Engine, objects: ObjectEncoder, bundle: Path, tiny: Path
+) -> None:
+    both = shown(objects, 0, 1, weight=3.0)
+    request = ImageRequest(PROMPT, seed=9, num_steps=5, guidance_scale=3.0, shown=both)
+    (ours,) = drain(engine, engine.submit([request]))
+    assert torch.equal(drain(engine, engine.submit([request, *plain(base)]))[0], ours)
+    pipe = StableDiffusionPipeline.from_pretrained(str(tiny / "pipeline"), safety_checker=None)
+    pipe.scheduler = DDIMScheduler.from_config(base.scheduler.config)
+    folder = {"weight_name": object_adapter.FILE, "image_encoder_folder": object_condition.FOLDER}
+    pipe.load_ip_adapter(str(bundle), subfolder="", **folder)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(
+        PROMPT,
+        ip_adapter_image_embeds=[torch.cat([torch.zeros_like(both.seen), both.seen])],
+        num_inference_steps=5,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(9),
+        output_type="pt",
+    ).images[0]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_a_tuned_unet_draws_objects_alone_in_calls_of_its_own(
+    base: Diffuser, tiny: Path, tmp_path: Path, engine: Engine
+) -> None:
+    folder = write_object_bundle(tiny, tmp_path, tokens="patches", unet={})
+    other = load_object_encoder(folder, base)
+    assert not other.shares_calls and other.description["object"]["tokens"] == "patches"
+    one = shown(other, 0, weight=2.0)
+    request = ImageRequest(PROMPT, seed=9, num_steps=4, guidance_scale=2.0, shown=one)
+    without = drain(engine, engine.submit(plain(base)))
+    drawn = drain(engine, engine.submit([request, *plain(base)]))
+    assert all(torch.equal(a, b) for a, b in zip(drawn[1:], without, strict=True))
+    noise = first_noise(9, base.latent_shape)[None]
+    theirs = customize.assemble(base, folder).generate([PROMPT], picture(), noise, Guidance(4, 2.0, 2.0))
+    torch.testing.assert_close(drawn[0], theirs[0].clamp(0, 1), rtol=0, atol=1e-4)
+
+
+def test_in_bfloat16_an_object_is_as_strict(tiny: Path, bundle: Path) -> None:
+    rounded = load(Model(path=str(tiny / "pipeline"), precision="bf16"))
+    objects = load_object_encoder(bundle, rounded)
+    rounded.hold_rounded()
+    objects.hold_rounded(rounded)
+    engine = Engine(rounded, EngineSettings(bucket=8, queue_seconds=1000), most_slots=OBJECT_SLOTS)
+    one = ImageRequest(PROMPT, seed=9, num_steps=4, guidance_scale=3.0, shown=shown(objects, 0, weight=1.5))
+    (alone,), without = drain(engine, engine.submit([one])), drain(engine, engine.submit(plain(rounded)))
+    crowd = drain(engine, engine.submit([one, *plain(rounded)]))
+    engine.stop()
+    assert all(torch.equal(a, b) for a, b in zip(crowd, [alone, *without], strict=True))
+    assert objects.unet.conv_in.weight is rounded.unet.conv_in.weight, "the base's weights are in memory once"
+
+
+def test_other_bundles_and_other_bases_are_refused(base: Diffuser, bundle: Path, tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(EncoderRefused, match="object_encoder = .*: a text encoder; those are served by"):
+        load_object_encoder(write_tuned_bundle(tiny, base, tmp_path, 1), base)
+    other = copy.deepcopy(base.unet)
+    other.conv_in.weight.data.add_(0.1)
+    with pytest.raises(EncoderRefused, match="made for the unet of .*; this base has another"):
+        load_object_encoder(bundle, replace(base, unet=other))
