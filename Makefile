@@ -4,7 +4,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # One arithmetic thread per process: workers set their own, and results are reproducible bit for bit.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install dev quickstart check format test clean
+.PHONY: install dev quickstart check format test test-slow clean
 .PHONY: bench-train bench-rewards bench-search bench-scale bench-serve
 
 install: .venv/.installed
@@ -42,7 +42,11 @@ format: .venv/.dev
 
 # Tests that start processes also wait for them: three files at a time keep two cores busy, in the order of tests/conftest.py.
 test: .venv/.dev
-	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -m 'not slow'
+
+# Nodes, hosts and stores lost, stragglers, shards, all claims: eight tests, a quarter of an hour.
+test-slow: .venv/.dev
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m slow
 
 .PHONY: claims
 # Trains every method three times: about 80 minutes on two cores, and goes on where it was interrupted.

@@ -126,6 +126,7 @@ def hosts() -> Iterator[Hosts]:
         shutil.rmtree(made.folder, ignore_errors=True)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_host_may_be_cut_off_and_come_back(hosts: Hosts, tiny_recipe: Path, tmp_path: Path) -> None:
     """Two hosts train, then one, then two again; the ledger is whole, and the losses are those of one worker."""

@@ -56,7 +56,7 @@ def wait(condition):
         time.sleep(0.05)
 
 def come_and_go():
-    wait(lambda: workers() == 2)
+    wait(lambda: workers() == 2 and steps() >= 40)  # whoever listens for notices starts when the workers do
     say("notice")
     gcs = GcsClient(address=cluster.gcs_address)
     over = time.time() + 10
@@ -120,6 +120,7 @@ def test_a_run_that_ends_early_is_not_done(tiny_recipe: Path, tmp_path: Path, mo
         fit.fit(load(tiny_recipe), tmp_path, tmp_path / "rows", 8)
 
 
+@pytest.mark.slow
 def test_a_run_shrinks_and_grows_with_its_nodes(tiny_recipe: Path, tmp_path: Path) -> None:
     changes = {
         **long_epochs(tmp_path, 1024),
@@ -133,7 +134,7 @@ def test_a_run_shrinks_and_grows_with_its_nodes(tiny_recipe: Path, tmp_path: Pat
     }
     out, events = tmp_path / "run", tmp_path / "events.json"
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    env |= patient.environment(0.3)
+    env |= patient.environment(0.3) | {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
     patient.watch(tiny_recipe)
     with (tmp_path / "log").open("wb") as log:
         program = [sys.executable, "-c", PROGRAM, str(tiny_recipe), str(out), str(events), json.dumps(changes)]

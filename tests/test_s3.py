@@ -73,6 +73,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
         end(server)
 
 
+@pytest.mark.slow
 def test_a_run_stopped_on_a_bad_s3_goes_on_from_there(
     store: Store, undisturbed_of_two: Path, tiny_recipe: Path, tmp_path: Path
 ) -> None:

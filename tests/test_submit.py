@@ -61,7 +61,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     subprocess.run([RAY, "get-auth-token", "--generate"], env=env, check=True, capture_output=True)
     process = subprocess.Popen(
         [RAY, "start", "--head", "--block", f"--port={free_port()}", f"--dashboard-port={dashboard}", "--num-cpus=4"]
-        + [f"--temp-dir={folder}", "--disable-usage-stats", "--include-log-monitor=false"],
+        + [f"--dashboard-agent-listen-port={free_port()}", f"--temp-dir={folder}", "--disable-usage-stats"]
+        + ["--include-log-monitor=false"],
         env=env,
         start_new_session=True,
         stdout=subprocess.DEVNULL,
@@ -71,7 +72,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     try:
         # Each question is a process of three seconds: none before somebody listens.
         wait_for(lambda: listens(dashboard), process)
-        wait_for(lambda: made.ray("job", "list", "--address", made.address).returncode == 0, process)
+        # Jobs are listed before there is an agent that takes one.
+        wait_for(lambda: made.ray("job", "submit", "--address", made.address, "--", "true").returncode == 0, process)
         yield made
     finally:
         end(process)
