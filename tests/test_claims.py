@@ -241,13 +241,20 @@ def test_claims_are_tested_once(cluster: None, small: Budget, tmp_path: Path, mo
     assert first["left_out"] == ["half − base, accuracy"], "no referee for these images"
     assert second["verdict"] == "undecided" and "no recipe none.toml" in second["reason"]
     assert (out / "C1.png").stat().st_size > 10_000
-    assert all(0 <= row["samples"] <= 8 for row in first["time_to_reward"].values())
+    assert all(row is None or 0 < row["samples"] <= 8 for row in first["time_to_reward"].values())
     assert (out / "images" / "one-at-1-0" / "summary.json").exists(), "a checkpoint between has been scored"
     lines = table.markdown(found).splitlines()
     assert len(lines) == 4 and f"**{first['verdict']}**" in lines[2] and "**undecided**: claims: method" in lines[3]
     assert json.loads(json.dumps(found)) == found | {"claims": json.loads(json.dumps(found["claims"]))}
     with pytest.raises(ClaimsError, match="another budget: num_steps was 2, is 3; choose another --out"):
         testing.test(testing.select(None), replace(small, num_steps=3), out)
+
+
+def test_the_readme_says_what_was_found() -> None:
+    root = Path(__file__).parents[1]
+    found = json.loads((root / "recipes" / "claims.json").read_text())
+    assert [row["id"] for row in found["claims"]] == list(CLAIMS)
+    assert table.markdown(found) in (root / "README.md").read_text()
 
 
 def test_unknown_claims_are_refused() -> None:

@@ -30,23 +30,22 @@ def curve(runs: Sequence[Path], steps: Sequence[int], scores: Float[np.ndarray, 
     seconds = []
     for run in runs:
         lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
-        seconds.append(np.median([recipe.run.batch_size / line["images_per_second"] for line in lines]))
+        seconds.append(np.median([samples / line["images_per_second"] for line in lines]))
     done = np.array([0, *steps])
     return samples * done, np.mean(seconds) * done, scores.mean(axis=0)
 
 
-def time_to_reward(curves: Mapping[str, Curve]) -> dict[str, dict[str, float]]:
-    """By method, samples and seconds to the level that all reach: the best of the one whose best is lowest.
+def time_to_reward(curves: Mapping[str, Curve]) -> dict[str, dict[str, float] | None]:
+    """By method, samples and seconds to the level that all reach that gain at all; None for those that gain nothing.
 
-    Between two points the score is taken to rise evenly.
+    It is the best of the one whose best is lowest. Between two points the score is taken to rise evenly.
     """
-    level = min(float(scores.max()) for _, _, scores in curves.values())
-    found = {}
-    for name, (samples, seconds, scores) in curves.items():
-        last = int(np.argmax(scores >= level))
-        before, after = scores[max(last - 1, 0)], scores[last]
-        share = (level - before) / (after - before) if last else 0.0
-        at = max(last - 1, 0) + share
+    gaining = {name: curve for name, curve in curves.items() if curve[2].max() > curve[2][0]}
+    level = min((float(scores.max()) for _, _, scores in gaining.values()), default=0.0)
+    found: dict[str, dict[str, float] | None] = dict.fromkeys(curves)
+    for name, (samples, seconds, scores) in gaining.items():
+        last = int(np.argmax(scores >= level))  # above the base's, so that there is one before
+        at = last - 1 + (level - scores[last - 1]) / (scores[last] - scores[last - 1])
         points = np.arange(len(scores))
         found[name] = {
             "level": level,

@@ -41,8 +41,8 @@ def draw(path: Path, evaluations: Sequence[Path], metrics: Sequence[str]) -> Pat
                 axes.plot(weights, line, "o-", color=LIGHT.accent, linewidth=1.2, markersize=3, alpha=0.7)
             axes.set_title(name, loc="left", fontsize=9, color=LIGHT.muted)
             axes.set_xticks(weights)
-            axes.set_ylim(*limits(values))
-            axes.margins(y=0.2)
+            low, high = limits(values)
+            axes.set_ylim(low - 0.15 * (high - low), high + 0.15 * (high - low))
             axes.yaxis.set_major_locator(MaxNLocator(2))
         figure.savefig(path, metadata={"Software": None})
     return path
