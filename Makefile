@@ -44,7 +44,7 @@ format: .venv/.dev
 test: .venv/.dev
 	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
-# Nodes, hosts and stores lost, stragglers, shards, all claims: eight tests, a quarter of an hour.
+# Nodes, hosts and stores lost, stragglers, shards, all claims: seven tests.
 test-slow: .venv/.dev
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m slow
 

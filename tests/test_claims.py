@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from craftor import evaluation_files
-from craftor.claims import effects, judging, making, table, testing
+from craftor.claims import curves, effects, judging, making, table, testing
 from craftor.claims.all_pairs import AllPairs
 from craftor.claims.declared import CLAIMS, Claim, Part
 from craftor.claims.effects import Effect, contrast, crossed, together, verdict_of
@@ -248,6 +249,20 @@ def test_claims_are_tested_once(cluster: None, small: Budget, tmp_path: Path, mo
     assert json.loads(json.dumps(found)) == found | {"claims": json.loads(json.dumps(found["claims"]))}
     with pytest.raises(ClaimsError, match="another budget: num_steps was 2, is 3; choose another --out"):
         testing.test(testing.select(None), replace(small, num_steps=3), out)
+
+
+def test_a_curve_counts_images_and_a_method_that_gains_nothing_reaches_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two prompts sampled six times each, at three images a second: four seconds a step."""
+    recipe = SimpleNamespace(run=SimpleNamespace(batch_size=2), task=SimpleNamespace(samples_per_prompt=6))
+    monkeypatch.setattr(curves, "load_run", lambda run: recipe)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"images_per_second": 3.0}) + "\n")
+    gaining, losing = (curves.curve([tmp_path], [5, 10], np.array([scores])) for scores in ([1, 2, 4], [1, 0.5, 0.8]))
+    assert gaining[0].tolist() == [0, 60, 120] and gaining[1].tolist() == [0, 20, 40]
+    found = curves.time_to_reward({"gaining": gaining, "slow": (*gaining[:2], np.array([1, 2, 3])), "losing": losing})
+    assert found["losing"] is None and found["slow"] == {"level": 3, "samples": 120, "seconds": 40}
+    assert found["gaining"] == {"level": 3, "samples": 90, "seconds": 30}
 
 
 def test_the_readme_says_what_was_found() -> None:

@@ -4,6 +4,7 @@ All train for the same time on one core, from the same prompts, with the same se
 much takes twice as many.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,7 +134,7 @@ def recipe_of(name: str, seed: int, budget: Budget, pairs: Path) -> Recipe:
         "seed": seed,
         "run.num_steps": num_steps,
         "run.batch_size": prompts,
-        "run.checkpoint_every": max(1, round(num_steps / NUM_POINTS)),
+        "run.checkpoint_every": math.ceil(num_steps / NUM_POINTS),
         "workers.num": budget.workers,
         "register": None,
         "evaluation.num_prompts": budget.num_prompts,
