@@ -147,7 +147,7 @@ def test_a_full_object_store_stops_nobody(undisturbed_of_two: Path, tiny_recipe:
             [sys.executable, "-c", CROWDED, str(tiny_recipe), str(out), json.dumps(TWO | long_epochs(tmp_path))],
             env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
             check=True,
-            timeout=200,
+            timeout=600,
             stdout=log,
             stderr=log,
         )

@@ -24,6 +24,7 @@ import json, os, signal, subprocess, sys, threading, time
 from pathlib import Path
 
 import ray
+from ray._private.state import actors
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 
@@ -51,12 +52,16 @@ def workers():
     last = checkpoint.latest(out)
     return json.loads((last / "trainer" / "ledger.jsonl").read_text().splitlines()[-1])["workers"] if last else 0
 
+def listening():
+    '''Ray Train hears of notices in an actor that starts beside the workers, and takes as long to import as they do.'''
+    return any(a["ActorClassName"] == "PreemptionWatcher" and a["State"] == "ALIVE" for a in actors().values())
+
 def wait(condition):
     while not condition():
         time.sleep(0.05)
 
 def come_and_go():
-    wait(lambda: workers() == 2 and steps() >= 40)  # whoever listens for notices starts when the workers do
+    wait(lambda: workers() == 2 and steps() >= 40 and listening())
     say("notice")
     gcs = GcsClient(address=cluster.gcs_address)
     over = time.time() + 10
