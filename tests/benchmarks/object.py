@@ -20,6 +20,7 @@ from torch import Tensor
 from benchmarks import per_object
 from benchmarks.harness import write
 from benchmarks.object_drawing import BATCH, Asked, Judges, Scores, asked, in_batches, without_position
+from benchmarks.object_page import write_page
 from craftor import checkpoint
 from craftor.claims.effects import Effect, verdict_of
 from craftor.customize import Customizer, Guidance, load
@@ -164,7 +165,29 @@ def per_object_methods(
         render_views(of.views[every]).images,
     ]
     save_sheet(torch.stack(columns).flatten(0, 1), Path("runs/bench/object_methods.png"), columns=num)
+    _page(customizer, of, guidance, judges, made, figures, scenes)
     return scores, {name: value for name, value in figures.items() if not name.startswith("fit_seconds")}
+
+
+def _page(
+    customizer: Customizer,
+    of: Asked,
+    guidance: Guidance,
+    judges: Judges,
+    made: Mapping[str, Tensor],
+    figures: Mapping[str, float],
+    scenes: int,
+) -> None:
+    """The methods beside text alone, for whoever would rather look."""
+    titles = {"": "object encoder", "_textual_inversion": "Textual Inversion", "_dreambooth": "DreamBooth"}
+    pictures = {"text only": in_batches(_by(customizer, of, guidance, shown=False), len(of))}
+    pictures |= {titles[name]: drawn for name, drawn in made.items()}
+    costs = {"text only": "nothing"} | {
+        titles[name]: f"{figures[f'seconds_per_object{name}']:.3g} s, {figures[f'bytes_per_object{name}'] / 1e6:.3g} MB"
+        for name in made
+    }
+    scores = {name: judges(drawn, of) for name, drawn in pictures.items()}
+    write_page(Path("runs/bench/object.html"), of, pictures, scores, costs, per_object=scenes)
 
 
 METHODS: dict[str, Callable[..., per_object.Fitted]] = {
