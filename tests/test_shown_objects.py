@@ -27,6 +27,7 @@ from craftor.stream import Rows
 from craftor.task_settings import ShownObject
 from craftor.tasks.object_encoder import ObjectEncoderTask
 from craftor.tasks.reward_tuning import RewardTuningTask
+from craftor_rewards.features import build_features
 from encoder_bundles import make_bundle
 
 PROMPTS = ["a small red star", "a large blue ring", "a small blue star", "a large red ring"]
@@ -107,6 +108,33 @@ def test_the_text_encoder_learns_of_pictures_with_an_object(tiny_recipe: Path, e
     assert (gradients["all"] - gradients["none"]).norm() > 0.05 * gradients["none"].norm()
 
 
+def test_identity_is_a_reward_among_the_others(tiny: Path, tiny_recipe: Path, encoder: Path, references: Path) -> None:
+    """Its scores are cosines with what was shown, 0 where nothing was; it moves the encoder and adds to the total."""
+    shown = {"encoder": str(encoder), "references": str(references), "share": 0.5}
+    plain = _task(tiny_recipe, **shown)
+    task = _task(tiny_recipe, **shown, identity={"weights": f"{tiny}/pick", "weight": 5.0, "scale": 2.0})
+    first = next(i for i in range(0, 400, 4) if plain.shown.shown_to(range(i, i + 4))[1].sum() == 2)
+    before, after = (t.step(_rows(t.diffuser, first)) for t in (plain, task))
+    assert torch.equal(task.images, plain.images)
+    on = task.shown.shown_to(range(first, first + 4))[1]
+    look = build_features(f"{tiny}/pick")
+    cosines = (look(task.images) * look(task.shown.shown_to(range(first, first + 4))[0])).sum(1)
+    torch.testing.assert_close(after["identity"], torch.where(on, cosines, 0.0))
+    torch.testing.assert_close(after["total"], before["total"] + 10 * after["identity"])
+    assert "identity" not in before and after["cosine/clip/identity"].isfinite().any()
+    gradients = [
+        torch.cat([p.grad.flatten() for p in t.module.parameters() if p.grad is not None]) for t in (plain, task)
+    ]
+    assert (gradients[1] - gradients[0]).norm() > 0.01 * gradients[0].norm()
+    task.assert_frozen()
+
+    images = task.images.repeat(2, 1, 1, 1).requires_grad_()
+    scores = task.shown.likeness(images, PROMPTS * 2)
+    torch.testing.assert_close(scores[:4], scores[4:])
+    (gradient,) = torch.autograd.grad(scores.sum(), images)
+    assert ((gradient.flatten(1).abs().amax(1) > 0) == on.repeat(2)).all()
+
+
 def test_the_gradient_beside_an_object_is_that_of_plain_backpropagation(
     tiny_recipe: Path, encoder: Path, references: Path
 ) -> None:
@@ -146,6 +174,17 @@ def test_conditions_keep_their_parts_in_their_places() -> None:
     [
         ({"task.train": {"text_encoder": {}, "unet": {}}}, "shown: the object encoder's UNet draws"),
         ({"task.prefix": {"mode": "stage"}}, 'shown: prefix.mode = "stage" knows of no object'),
+        (
+            {"task.shown.identity": {"weights": "x", "weight": 0.0}},
+            "shown.identity.weight: Input should be greater than 0",
+        ),
+        (
+            {
+                "task.shown.identity": {"weights": "x", "weight": 1.0},
+                "task.rewards.identity": {"kind": "aesthetic", "weights": "y", "weight": 1.0},
+            },
+            "a reward of task.rewards has the name 'identity' already",
+        ),
     ],
 )
 def test_what_cannot_be_beside_an_object_is_refused(tiny_recipe: Path, change: dict, message: str) -> None:
@@ -157,6 +196,14 @@ def test_what_is_not_there_is_named(tiny_recipe: Path, encoder: Path, references
     for shown, message in (
         ({"encoder": str(tmp_path), "references": str(references)}, "task.shown.encoder = .* no run and no bundle"),
         ({"encoder": str(encoder), "references": str(tmp_path)}, "task.shown.references = .* no folder with Parquet"),
+        (
+            {
+                "encoder": str(encoder),
+                "references": str(references),
+                "identity": {"weights": "./nowhere", "weight": 1.0},
+            },
+            "task.shown.identity.weights = './nowhere': no such folder",
+        ),
     ):
         with pytest.raises(RecipeError, match=message):
             preflight.check(load_recipe(tiny_recipe, {"task.shown": shown}), tiny_recipe)

@@ -2,6 +2,7 @@
 
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from craftor.recipe import DirectTuning, ObjectEncoder, Recipe, RewardTuning
 
@@ -41,7 +42,9 @@ def absolute(recipe: Recipe) -> Recipe:
         prefix = task.prefix.model_copy(update={"cache": fix(task.prefix.cache)})
         task = task.model_copy(update={"prefix": prefix})
     if isinstance(task, RewardTuning) and task.shown is not None:
-        places = {key: fix(getattr(task.shown, key)) for key in ("encoder", "references")}
+        places: dict[str, Any] = {key: fix(getattr(task.shown, key)) for key in ("encoder", "references")}
+        if (identity := task.shown.identity) is not None:
+            places["identity"] = identity.model_copy(update={"weights": fix(identity.weights)})
         task = task.model_copy(update={"shown": task.shown.model_copy(update=places)})
     if isinstance(task, ObjectEncoder):
         found = {"image_encoder": fix(task.image_encoder), "adapter": task.adapter and fix(task.adapter)}

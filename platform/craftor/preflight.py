@@ -51,6 +51,8 @@ def check_shown(shown: ShownObject) -> None:
         raise ValueError(f"task.shown.encoder = {shown.encoder!r}: no run and no bundle of an object encoder there")
     if not list(Path(shown.references).glob("*.parquet")):
         raise ValueError(f"task.shown.references = {shown.references!r}: no folder with Parquet files of references")
+    if shown.identity is not None:
+        check_weights("task.shown.identity.weights", shown.identity.weights)
 
 
 def check_model(path: str) -> None:
@@ -83,8 +85,12 @@ def check_reward(key: str, kind: str, weights: str) -> None:
         raise ValueError(
             f"{key}.kind: unknown reward {kind!r}; available: {', '.join(REWARD_KINDS)}, or module:attr of your own"
         )
-    if not Path(locate(weights)).exists() and not is_catalogued(f"{key}.weights", weights):
-        check_hub_id(f"{key}.weights", weights, "config.json")
+    check_weights(f"{key}.weights", weights)
+
+
+def check_weights(key: str, weights: str) -> None:
+    if not Path(locate(weights)).exists() and not is_catalogued(key, weights):
+        check_hub_id(key, weights, "config.json")
 
 
 def is_catalogued(key: str, weights: str) -> bool:

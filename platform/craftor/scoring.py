@@ -55,22 +55,28 @@ def inline(reward: Reward) -> ScoreAndGradient:
 class Scoring:
     """The rewards of a recipe: those that train, composed, and those that only watch.
 
-    `elsewhere` has those whose placement is not inline. Raises ValueError for a reward that is to train and has no
-    gradient.
+    `elsewhere` has those whose placement is not inline, `own` those that a task makes itself, for they know more than
+    images and prompts. Raises ValueError for a reward that is to train and has no gradient.
     """
 
     def __init__(
-        self, settings: Tuning, guards: Guards, device: torch.device, elsewhere: Mapping[str, Elsewhere]
+        self,
+        settings: Tuning,
+        guards: Guards,
+        device: torch.device,
+        elsewhere: Mapping[str, Elsewhere],
+        own: Mapping[str, Reward] | None = None,
     ) -> None:
         used = {name: reward for name, reward in settings.rewards.items() if reward.in_training}
         here = {name: reward for name, reward in used.items() if reward.placement == "inline"}
         assert used.keys() <= here.keys() | elsewhere.keys(), "a reward is placed on actors that nobody has started"
         built = {name: build(reward.kind, locate(reward.weights), **reward.options) for name, reward in here.items()}
+        built |= own or {}
         self.watching = {name: reward.every for name, reward in used.items() if reward.every}
         self.rewards = {name: reward for name, reward in built.items() if name not in self.watching}
-        self.weights = {name: reward.factor for name, reward in used.items() if name not in self.watching}
+        self.weights = settings.factors
         for name in self.weights:
-            differentiable = (built[name] if name in here else elsewhere[name]).differentiable
+            differentiable = (built[name] if name in built else elsewhere[name]).differentiable
             if not differentiable and not isinstance(settings, PolicyGradient):
                 raise ValueError(
                     f"task.rewards.{name}: not differentiable, so it cannot be backpropagated; allowed: "
@@ -83,7 +89,8 @@ class Scoring:
         self.built = built
         self.readers = [reward for reward in built.values() if hasattr(reward, "truncated")]
         self.calls: dict[str, ScoreAndGradient] = {
-            name: inline(built[name]) if name in here else elsewhere[name] for name in used
+            **{name: elsewhere[name] for name in used if name not in built},
+            **{name: inline(reward) for name, reward in built.items()},
         }
 
     def __call__(

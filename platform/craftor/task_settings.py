@@ -9,6 +9,9 @@ from craftor.guards import OTHERS, STATISTICS
 from craftor.reward_settings import Composition, Reward, expand_preset
 from craftor.rollout import Rollout, Section, Window
 
+IDENTITY = "identity"
+"""The name of the reward that `task.shown.identity` adds."""
+
 
 class Part(Section):
     """How one part of the pipeline trains."""
@@ -78,9 +81,14 @@ class Tuning(Section):
     anchor: float = Field(0.0, ge=0)
     """Weight of the mean squared distance of the prompts' embeddings from the original encoder's."""
 
+    @property
+    def factors(self) -> dict[str, float]:
+        """Of the rewards that train, by name: what each score is multiplied by in the objective."""
+        return {name: reward.factor for name, reward in self.rewards.items() if not reward.evaluation_only}
+
     def metrics(self) -> tuple[str, ...]:
         """Names of what a run logs, as the rules of `[guards]` know them."""
-        trained = [name for name, reward in self.rewards.items() if not reward.evaluation_only]
+        trained = list(self.factors)
         watched = [name for name, reward in self.rewards.items() if reward.every]
         kinds = ["share"] if len(trained) > 1 else []
         kinds += ["factor"] if self.composition.moves else []
@@ -133,6 +141,15 @@ class Tuning(Section):
         return rewards
 
 
+class Identity(Section):
+    """One more reward, named `identity`: how alike an object and the picture it was shown for are, -1 to 1."""
+
+    weights: str
+    """What looks at both: folder or hub id of a CLIP or a DINO, or a short name of the catalogue."""
+    weight: float = Field(gt=0)
+    scale: float = Field(1.0, gt=0)
+
+
 class ShownObject(Section):
     """An object shown beside the text to a share of samples, so that what trains suits pictures with and without."""
 
@@ -141,6 +158,8 @@ class ShownObject(Section):
     references: str
     """A folder of Parquet that an object encoder trains on; its references are shown."""
     share: float = Field(0.5, gt=0, le=1)
+    identity: Identity | None = None
+    """A reward for samples that see an object; those that see none score 0 in it."""
 
 
 class RewardTuning(Tuning):
@@ -150,6 +169,11 @@ class RewardTuning(Tuning):
     window: Window
     prefix: Prefix = Prefix()
     shown: ShownObject | None = None
+
+    @property
+    def factors(self) -> dict[str, float]:
+        identity = self.shown.identity if self.shown is not None else None
+        return super().factors | ({IDENTITY: identity.weight * identity.scale} if identity is not None else {})
 
     def acts(self) -> range:
         """The window's steps, or all where the trained encoder also conditioned the others."""
@@ -165,6 +189,8 @@ class RewardTuning(Tuning):
     def _objects_can_be_shown(self) -> "RewardTuning":
         if self.shown is None:
             return self
+        if self.shown.identity is not None and IDENTITY in self.rewards:
+            raise ValueError("shown.identity: a reward of task.rewards has the name 'identity' already; choose another")
         if self.train.unet is not None or self.train.text_encoder_2 is not None:
             raise ValueError("shown: the object encoder's UNet draws; allowed to train: text_encoder alone")
         if self.prefix.mode != "worker":

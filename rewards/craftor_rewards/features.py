@@ -1,6 +1,7 @@
 """Images -> DINO or DINOv2 features, which tell objects and looks apart without words (Caron 2021, Oquab 2023).
 
 No reward by themselves: they measure how far the images of one prompt differ, and how alike two images of a thing are.
+Where a CLIP is at hand instead, its image tower serves.
 """
 
 from collections.abc import Hashable, Sequence
@@ -13,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoConfig, Dinov2Model, ViTModel
 
+from craftor_rewards.clip import ClipTowers
 from craftor_rewards.loading import find
 from craftor_rewards.preprocess import IMAGENET_MEAN, IMAGENET_STD, preprocess
 from craftor_rewards.protocol import check_inputs
@@ -50,6 +52,26 @@ class DinoFeatures(nn.Module):
         pixels = preprocess(images, RESIZED, fit="crop_torchvision", mean=IMAGENET_MEAN, std=IMAGENET_STD)
         pixels = pixels[:, :, margin : margin + CROPPED, margin : margin + CROPPED]
         return F.normalize(self.model(pixel_values=pixels.to(self.dtype)).last_hidden_state[:, 0].float(), dim=-1)
+
+
+class ClipFeatures(nn.Module):
+    """A CLIP's image tower, frozen, in DINO's place."""
+
+    def __init__(self, weights: str | Path) -> None:
+        super().__init__()
+        self.towers = ClipTowers(weights, text=False)
+
+    def forward(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b d"]:
+        """Unit vectors."""
+        return self.towers.image_features(images)
+
+
+def build_features(weights: str | Path) -> nn.Module:
+    """`DinoFeatures` or `ClipFeatures`, by what the weights say they are: images in [0, 1] -> unit vectors."""
+    path = find(weights)
+    if path.is_file() or ((path / "config.json").is_file() and AutoConfig.from_pretrained(path).model_type == "clip"):
+        return ClipFeatures(path)
+    return DinoFeatures(path)
 
 
 def pairwise_diversity(features: Float[Tensor, "n d"], groups: Sequence[Hashable]) -> Float[Tensor, " g"]:

@@ -21,6 +21,7 @@ from craftor.replay import kept_steps, measure_kept_steps
 from craftor.scoring import Elsewhere, Scoring
 from craftor.solver import add_noise, begun_at
 from craftor.stream import Rows
+from craftor.task_settings import IDENTITY
 
 if TYPE_CHECKING:
     from craftor.shown_objects import ShownObjects
@@ -44,7 +45,8 @@ class RewardTuningTask:
         self.shown = self._shown(recipe.seed)
         unet = self.shown.unet if self.shown else known.get("unet")
         self.guided = self.diffuser.guided(self.settings.rollout, unet)
-        self.scoring = Scoring(self.settings, recipe.guards, self.diffuser.device, elsewhere or {})
+        own = {IDENTITY: self.shown.likeness} if self.shown and self.shown.likeness else {}
+        self.scoring = Scoring(self.settings, recipe.guards, self.diffuser.device, elsewhere or {}, own)
         self.batch_size = recipe.run.batch_size
         self.null_ids = self.diffuser.tokenize([""])
         self.span = self.settings.window.span(self.guided.num_steps)
