@@ -1,15 +1,19 @@
 """Every format is read; what is kept, in which order and under which number does not depend on how it was stored."""
 
+import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
-from craftor.prompts import describe, prepare, suffix
+from craftor.prompts import Seen, describe, prepare, suffix
 from craftor.recipe import Data
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
@@ -48,6 +52,19 @@ def test_formats_give_the_same_rows(tiny: Path, tmp_path: Path, kind: str) -> No
     assert [list(ids) for ids in rows["input_ids"]] == expected
     assert prepared.num_truncated == 1, "the long one, cut to what the encoder reads"
     assert prepared == describe(tmp_path / "rows")
+
+
+@given(st.lists(st.lists(st.integers(0, 60), max_size=40), max_size=12))
+def test_what_was_seen_is_known_as_a_set_would(batches: list[list[int]]) -> None:
+    seen, known = Seen(), set[int]()
+    for batch in batches:
+        expected = []
+        for key in batch:
+            expected.append(key not in known)
+            known.add(key)
+        assert seen.new(np.array(batch, dtype=np.uint64)).tolist() == expected
+    lengths = [len(run) for run in seen.runs]
+    assert sum(lengths) == len(known) and all(a >= 2 * b for a, b in itertools.pairwise(lengths))
 
 
 def test_a_url_is_read_and_rows_can_be_limited(tiny: Path, tmp_path: Path) -> None:
