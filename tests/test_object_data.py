@@ -4,6 +4,7 @@ import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,8 +22,14 @@ from transformers import (
     CLIPSegConfig,
     CLIPSegForImageSegmentation,
     CLIPSegProcessor,
+    Sam2Config,
+    Sam2MaskDecoderConfig,
+    Sam2Model,
+    Sam2PromptEncoderConfig,
+    Sam2VisionConfig,
     ViTImageProcessorPil,
 )
+from transformers.models.sam2.configuration_sam2 import Sam2HieraDetConfig
 
 from craftor import uploads
 from craftor.locate import locate
@@ -30,7 +37,7 @@ from craftor.object_data import captioners, describing, framing, pairing
 from craftor.object_data.captioners import AttributeReader, merge
 from craftor.object_data.describing import Describe
 from craftor.object_data.held_out import held_out_objects, metrics, tell
-from craftor.object_data.masks import Segmenter
+from craftor.object_data.masks import Outline, Segmenter
 from craftor.object_data.pairing import Made, MakeRows, pattern
 from craftor.object_data.settings import Attributes, Captioner, Masks, ObjectData, load
 from craftor.object_data.sources import find, parts
@@ -267,8 +274,63 @@ def test_clipseg_finds_a_mask_of_the_pictures_size(tmp_path: Path) -> None:
     )
     (mask,) = Segmenter(Masks(model=str(tmp_path / "seg"), threshold=0.01))([torch.rand(3, 40, 64)])
     assert mask.shape == (1, 40, 64) and set(mask.unique().tolist()) <= {0.0, 1.0} and mask.max() == 1
-    with pytest.raises(ValueError, match="no CLIPSeg there"):
+    with pytest.raises(ValueError, match="masks.model = .* no CLIPSegForImageSegmentation there"):
         Segmenter(Masks(model=str(tmp_path / "nothing")))
+    with pytest.raises(ValueError, match="masks.outline = .* no Sam2Model there.*hf download"):
+        Segmenter(Masks(model=str(tmp_path / "seg"), outline=str(tmp_path / "nothing")))
+
+    save_tiny_sam(tmp_path / "sam")
+    segment = Segmenter(Masks(model=str(tmp_path / "seg"), outline=str(tmp_path / "sam"), threshold=0.01))
+    (outlined,) = segment([torch.rand(3, 40, 64)])
+    assert outlined.shape == (1, 40, 64) and set(outlined.unique().tolist()) <= {0.0, 1.0}
+
+
+def test_an_outline_follows_the_picture_in_the_rough_masks_box(tmp_path: Path) -> None:
+    """Box and pixels reach SAM 2 in its own coordinates."""
+    save_tiny_sam(tmp_path)
+    outline, seen = Outline(str(tmp_path), torch.device("cpu")), {}
+    real = outline.model.forward
+
+    def watch(**inputs: Any) -> Any:
+        seen.update(inputs)
+        return real(**inputs)
+
+    outline.model.forward = watch
+    rough = torch.zeros(1, 32, 128)
+    rough[:, 8:16, 32:96] = 1
+    mask = outline(torch.full((3, 32, 128), 0.485), rough)
+    assert mask.shape == (1, 32, 128)
+    assert seen["input_boxes"].flatten().tolist() == [16, 16, 48, 32]
+    assert seen["pixel_values"].shape == (1, 3, 64, 64) and seen["pixel_values"][0, 0].abs().max() < 1e-5
+
+
+def save_tiny_sam(folder: Path) -> None:
+    backbone = Sam2HieraDetConfig(
+        hidden_size=8,
+        num_attention_heads=1,
+        image_size=[64, 64],
+        blocks_per_stage=[1, 1, 2, 1],
+        embed_dim_per_stage=[8, 16, 32, 64],
+        num_attention_heads_per_stage=[1, 1, 2, 2],
+        window_size_per_stage=[4, 2, 4, 2],
+        window_positional_embedding_background_size=[2, 2],
+        global_attention_blocks=[3],
+    )
+    vision = Sam2VisionConfig(
+        backbone_config=backbone,
+        backbone_channel_list=[64, 32, 16, 8],
+        backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]],
+        fpn_hidden_size=16,
+    )
+    config = Sam2Config(
+        vision_config=vision,
+        prompt_encoder_config=Sam2PromptEncoderConfig(hidden_size=16, image_size=64, mask_input_channels=8),
+        mask_decoder_config=Sam2MaskDecoderConfig(
+            hidden_size=16, mlp_dim=16, num_hidden_layers=1, num_attention_heads=2, iou_head_hidden_dim=16
+        ),
+    )
+    torch.manual_seed(0)
+    Sam2Model(config).save_pretrained(folder)
 
 
 def test_captioners_that_are_not_there_are_named(tmp_path: Path, tiny: Path) -> None:

@@ -27,6 +27,10 @@ def quickstart(out: Out = None, overrides: Set = None) -> None:
         print(folder / name)
     if registered := report["registered"]:
         print(f"registered in MLflow: models:/{registered['name']}/{registered['version']}")
+    print(
+        "next: `craftor serve` draws with it; recipes/micro_object_encoder.toml and `craftor customize` put an object of"
+    )
+    print('yours into new images (the README\'s "An object in new images" has the commands)')
 
 
 @app.command()

@@ -51,6 +51,8 @@ class Masks(Section):
     """Where the object is, for pictures that have no mask of their own: CLIPSeg asked for a text."""
 
     model: str
+    outline: str | None = None
+    """A SAM 2, which draws the outline of what CLIPSeg has found: by itself that is 352 pixels wide, and blurred."""
     prompt: str = "the main object"
     threshold: float = Field(0.5, gt=0, lt=1)
 
