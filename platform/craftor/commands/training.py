@@ -27,10 +27,8 @@ def quickstart(out: Out = None, overrides: Set = None) -> None:
         print(folder / name)
     if registered := report["registered"]:
         print(f"registered in MLflow: models:/{registered['name']}/{registered['version']}")
-    print(
-        "next: `craftor serve` draws with it; recipes/micro_object_encoder.toml and `craftor customize` put an object of"
-    )
-    print('yours into new images (the README\'s "An object in new images" has the commands)')
+    print("next: `craftor serve` draws with it, and `craftor customize` puts an object of yours into new images;")
+    print("what they need first is in the README: Serving, An object in new images")
 
 
 @app.command()

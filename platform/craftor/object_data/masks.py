@@ -1,4 +1,4 @@
-"""Where the object of a picture is: its own mask, its transparency, or what CLIPSeg finds for a text and SAM 2 outlines."""
+"""Where a picture's object is: its own mask, its transparency, or what CLIPSeg finds for a text, outlined by SAM 2."""
 
 from collections.abc import Sequence
 from typing import Any
