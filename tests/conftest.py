@@ -15,6 +15,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_worker_niceness", "0")
 # Ray Train asks its workers every two seconds whether they have ended: many runs here take no longer.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+# A process that reads rows imports for two seconds: those of one test read the next one's.
+os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
+os.environ.setdefault("RAY_num_workers_soft_limit", "12")
 torch.set_num_threads(1)
 # Examples are not timed: tests beside these have the cores too.
 settings.register_profile("untimed", deadline=None)

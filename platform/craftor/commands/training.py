@@ -28,7 +28,7 @@ def quickstart(out: Out = None, overrides: Set = None) -> None:
     if registered := report["registered"]:
         print(f"registered in MLflow: models:/{registered['name']}/{registered['version']}")
     print("next: `craftor serve` draws with it, and `craftor customize` puts an object of yours into new images;")
-    print("what they need first is in the README: Serving, An object in new images")
+    print("what they need first is in the README: Serve, An object in new images")
 
 
 @app.command()
