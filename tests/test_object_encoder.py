@@ -4,6 +4,7 @@ import copy
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from craftor import checkpoint, customize, job, object_adapter, object_condition, registry
-from craftor.customize import Guidance
+from craftor.customize import Guidance, Shown
 from craftor.encoders import EncoderRefused, load_encoder, versions
 from craftor.object_adapter import Tokens
 from craftor.object_gauges import HeldOut, gauge
@@ -177,6 +178,42 @@ def test_weights_of_text_and_object_are_apart(tiny: Path, tmp_path: Path) -> Non
     assert torch.equal(made(3.0, 0.0), none) and torch.equal(made(3.0, 3.0, 3), none)
     assert not torch.equal(made(3.0, 2.0), made(3.0, 1.0)) and not torch.equal(made(2.0, 2.0), made(3.0, 2.0))
     torch.testing.assert_close(made(3.0, 3.0 + 1e-6), made(3.0, 3.0), atol=1e-3, rtol=0)  # three calls, and two
+
+
+def test_objects_are_seen_where_their_regions_are(tiny: Path, tmp_path: Path) -> None:
+    """Nowhere is the base, everywhere is no region at all; of two objects, each has its say in its own part."""
+    task = _task(tiny, tmp_path, unet="frozen")
+    _disturb(task.module)
+    task.save(tmp_path / "saved")
+    customizer = customize.assemble(task.diffuser, tmp_path / "saved")
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, 4, 8, 8, generator=generator)
+    one, other = (torch.rand(1, 3, size, size, generator=generator) for size in (32, 40))
+
+    def made(references: Any, regions: Tensor | None = None) -> Tensor:
+        return customizer.generate(PROMPTS[:1], references, noise, Guidance(3, 3.0, 2.0), regions)
+
+    everywhere, nowhere, left = torch.ones(1, 16, 16), torch.zeros(1, 16, 16), torch.zeros(1, 16, 16)
+    left[:, :, :8] = 1
+    assert torch.equal(made([one], nowhere), made(None))
+    torch.testing.assert_close(made([one], everywhere), made(one), atol=1e-5, rtol=1e-5)
+    halves = torch.cat([left, 1 - left])
+    apart, together = made([one, other], halves), made([one, other])
+    assert not torch.allclose(apart, together) and not torch.allclose(apart, made([one], left))
+    torch.testing.assert_close(made([other, one], halves.flip(0)), apart, atol=1e-5, rtol=1e-5)
+
+
+def test_a_region_is_read_at_any_size_and_refused_where_it_is_nowhere(tmp_path: Path) -> None:
+    picture = Image.new("L", (100, 50), 0)
+    picture.paste(255, (50, 0, 100, 50))
+    picture.save(tmp_path / "right.png")
+    Image.new("L", (8, 8), 0).save(tmp_path / "black.png")
+    (tmp_path / "text.png").write_text("no picture")
+    place = Shown(tmp_path / "x.png", region=tmp_path / "right.png").place(8)
+    assert place.tolist() == [[0, 0, 0, 0, 1, 1, 1, 1]] * 8
+    for name, message in (("black.png", "black everywhere"), ("text.png", "region: ")):
+        with pytest.raises(RecipeError, match=f"{name}: {message}"):
+            Shown(tmp_path / "x.png", region=tmp_path / name).place(8)
 
 
 @pytest.mark.parametrize("unet", ["frozen", {"method": "full"}, {"method": "lora", "rank": 2}])
@@ -365,7 +402,7 @@ def test_a_run_trains_resumes_to_the_same_bits_and_customizes(
             assert torch.equal(tensor, first[path.name][name]), (path.name, name)
     Image.new("RGBA", (40, 30), (255, 0, 0, 200)).save(tmp_path / "x.png")
     sheet = customize.customize_file(
-        tmp_path / "x.png", None, PROMPTS[0], str(run), tmp_path / "out.png", 2, 0, Guidance(2, 2.0, 1.0)
+        [Shown(tmp_path / "x.png")], PROMPTS[0], str(run), tmp_path / "out.png", 2, 0, Guidance(2, 2.0, 1.0)
     )
     assert Image.open(sheet).size == (64, 32)
 

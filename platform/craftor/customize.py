@@ -8,12 +8,13 @@ which is three calls a step; equal weights are the two calls of ordinary guidanc
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -34,6 +35,8 @@ from craftor.recipe import Model, ObjectEncoder, RecipeError, load_run
 from craftor.solver import schedule
 from craftor.uploads import UploadRefused
 
+_PLACE_SIDE = 64
+"""Pixels of a region's side: attention reads it at its own, smaller sizes."""
 RUNS = Path("runs")
 """Whose registry is asked without MLFLOW_TRACKING_URI."""
 
@@ -63,14 +66,22 @@ class Customizer:
     def generate(
         self,
         prompts: list[str],
-        references: Float[Tensor, "b 3 H W"] | None,
+        references: Float[Tensor, "b 3 H W"] | Sequence[Float[Tensor, "b 3 _ _"]] | None,
         noise: Float[Tensor, "b c h w"],
         guidance: Guidance = Guidance(),  # noqa: B008  # it is frozen
+        regions: Float[Tensor, "k H W"] | None = None,
     ) -> Float[Tensor, "b 3 H W"]:
-        """One picture a row, of its prompt and its cut-out reference; None for no object at all."""
-        assert len(prompts) == len(noise) and (references is None or len(references) == len(noise))
+        """One picture a row, of its prompt and its cut-out reference; None for no object at all.
+
+        Several references, each a tensor with a row a picture, are several objects or views of one. `regions` says for
+        each of them where in the picture it may be seen, 1 or 0 for a pixel; without, they are seen everywhere.
+        """
+        several = [references] if isinstance(references, Tensor) else references or [noise.new_zeros(1, 3, 1, 1)]
+        assert len(prompts) == len(noise) and (references is None or {len(r) for r in several} == {len(noise)})
+        assert regions is None or len(regions) == len(several)
         base, members = self._prompts(prompts)
-        shown = self.encoder(noise.new_zeros(1, 3, 1, 1) if references is None else references)
+        shown = torch.cat([self.encoder(reference) for reference in several], dim=1)
+        masks = None if regions is None else {"ip_adapter_masks": [regions[None].to(noise)]}
         absent = torch.zeros_like(shown).expand(len(noise), *shown.shape[1:])
         latents, x0 = noise, None
         for index, step in enumerate(schedule(self.diffuser.scheduler, "ddim", guidance.num_steps)):
@@ -80,7 +91,7 @@ class Customizer:
             text, null = condition.embeds, empty.embeds.expand_as(condition.embeds)
             apart = on and guidance.object_weight != guidance.text_weight
             conditions = [(null, absent), *([(null, seen)] if apart else []), (text, seen)]
-            outputs = self._outputs(latents, step.timestep, conditions)
+            outputs = self._outputs(latents, step.timestep, conditions, masks)
             weights = (guidance.object_weight, guidance.text_weight) if apart else (guidance.text_weight,)
             output = outputs[0]
             for weight, before, after in zip(weights, outputs, outputs[1:], strict=False):
@@ -102,11 +113,22 @@ class Customizer:
         ]
         return made(self.diffuser.encoders), members
 
-    def _outputs(self, latents: Tensor, timestep: int, conditions: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
+    def _outputs(
+        self,
+        latents: Tensor,
+        timestep: int,
+        conditions: list[tuple[Tensor, Tensor]],
+        masks: dict[str, list[Tensor]] | None,
+    ) -> tuple[Tensor, ...]:
         """The network's output under each pair of text and object, in one call."""
         texts, objects = (torch.cat(column) for column in zip(*conditions, strict=True))
-        added = {"image_embeds": [objects]}
-        found = self.unet(latents.repeat(len(conditions), 1, 1, 1), timestep, texts, added_cond_kwargs=added).sample
+        found = self.unet(
+            latents.repeat(len(conditions), 1, 1, 1),
+            timestep,
+            texts,
+            added_cond_kwargs={"image_embeds": [objects]},
+            cross_attention_kwargs=masks,
+        ).sample
         return found.chunk(len(conditions))
 
 
@@ -170,9 +192,39 @@ def mixed(customizer: Customizer, mixture: Mapping[str, float], runs: Path = RUN
     return replace(customizer, mixture=tuple(members))
 
 
+@dataclass(frozen=True)
+class Shown:
+    """A picture of an object, where in it the object is, and where in the new picture it may be seen."""
+
+    image: Path
+    mask: Path | None = None
+    region: Path | None = None
+
+    def reference(self) -> Float[Tensor, "1 3 H W"]:
+        """The object, cut out. Raises RecipeError naming the file that cannot be used."""
+        try:
+            return read_reference(self.image.read_bytes(), self.mask.read_bytes() if self.mask else None)
+        except UploadRefused as error:
+            raise RecipeError(f"{self.mask if error.what == 'mask' else self.image}: {error}") from None
+
+    def place(self, side: int) -> Float[Tensor, "side side"]:
+        """1 where the object may be, 0 elsewhere; all of the picture where no region was given."""
+        if self.region is None:
+            return torch.ones(side, side)
+        try:
+            found = uploads.mask(self.region.read_bytes(), what="region")
+        except UploadRefused as error:
+            raise RecipeError(f"{self.region}: {error}") from None
+        place = (F.interpolate(found[None], (side, side), mode="area")[0, 0] > 0.5).float()
+        if not place.any():
+            raise RecipeError(
+                f"{self.region}: black everywhere, so the object may be nowhere; white is where it may be"
+            )
+        return place
+
+
 def customize_file(
-    image: Path,
-    mask: Path | None,
+    shown: Sequence[Shown],
     prompt: str,
     encoder: str,
     out: Path,
@@ -182,14 +234,12 @@ def customize_file(
     mixture: Mapping[str, float] | None = None,
 ) -> Path:
     """The pictures of `craftor customize`, on one sheet. Raises RecipeError for files that cannot be used."""
-    try:
-        reference = read_reference(image.read_bytes(), mask.read_bytes() if mask else None)
-    except UploadRefused as error:
-        raise RecipeError(f"{mask if error.what == 'mask' else image}: {error}") from None
+    references = [one.reference().expand(num, -1, -1, -1) for one in shown]
+    places = [one.place(_PLACE_SIDE) for one in shown]
     customizer = mixed(load(encoder), mixture or {})
     noise = seeds.normal(seed, range(num), "customize", customizer.diffuser.latent_shape)
-    made = customizer.generate([prompt] * num, reference.expand(num, -1, -1, -1), noise, guidance)
-    save_sheet(made.clamp(0, 1), out)
+    regions = torch.stack(places) if any(one.region for one in shown) else None
+    save_sheet(customizer.generate([prompt] * num, references, noise, guidance, regions).clamp(0, 1), out)
     return out
 
 

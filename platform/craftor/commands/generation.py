@@ -31,9 +31,18 @@ def serve(
 
 @app.command()
 def customize(
-    image: Annotated[Path, typer.Option(help="A picture of the object; its transparency is its mask.")],
+    image: Annotated[
+        list[Path],
+        typer.Option(help="A picture of the object; its transparency is its mask. Several are several objects."),
+    ],
     prompt: Annotated[str, typer.Option(help="The scene to put it in.")],
-    mask: Annotated[Path | None, typer.Option(help="Where the object is: white, or opaque.")] = None,
+    mask: Annotated[
+        list[Path] | None, typer.Option(help="Where the object is: white, or opaque. One for each --image, or none.")
+    ] = None,
+    region: Annotated[
+        list[Path] | None,
+        typer.Option(help="Where in the new picture the object may be: white. One for each --image, or none."),
+    ] = None,
     encoder: Annotated[str, typer.Option(help="An object encoder: a run, a bundle, or models:/NAME@ALIAS.")] = (
         "runs/micro-object-encoder"
     ),
@@ -49,14 +58,19 @@ def customize(
     ] = None,
 ) -> None:
     """Put the object of one picture into new ones, in one pass of its encoder."""
-    for path in (image, *([mask] if mask else [])):
+    for path in (*image, *(mask or []), *(region or [])):
         if not path.is_file():
             raise RecipeError(f"{path}: no such file")
+    for name, given in (("--mask", mask), ("--region", region)):
+        if given and len(given) != len(image):
+            raise RecipeError(f"{len(given)} {name} for {len(image)} --image; allowed: one for each, in order, or none")
     mixture = dict(_weighted(text) for text in mix or [])
-    from craftor.customize import Guidance, customize_file
+    from craftor.customize import Guidance, Shown, customize_file
 
+    none = [None] * len(image)
+    shown = [Shown(*files) for files in zip(image, mask or none, region or none, strict=True)]
     guidance = Guidance(steps, text_weight, object_weight, object_from)
-    print(customize_file(image, mask, prompt, encoder, out, num, seed, guidance, mixture))
+    print(customize_file(shown, prompt, encoder, out, num, seed, guidance, mixture))
 
 
 def _weighted(text: str) -> tuple[str, float]:
