@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from craftor import checkpoint, customize, job, object_adapter, object_condition, registry
-from craftor.customize import Guidance, Shown
+from craftor.customize import Guidance
+from craftor.customize_files import Shown, customize_file, read_reference
 from craftor.encoders import EncoderRefused, load_encoder, versions
 from craftor.object_adapter import Tokens
 from craftor.object_gauges import HeldOut, gauge
@@ -370,16 +371,16 @@ def test_a_reference_is_cut_out_by_its_mask_or_its_transparency(tmp_path: Path) 
         picture.save(buffer, "PNG")
         return buffer.getvalue()
 
-    by_mask = customize.read_reference(data(image), data(half))
+    by_mask = read_reference(data(image), data(half))
     clear = image.copy()
     clear.putalpha(half)
-    assert torch.equal(by_mask, customize.read_reference(data(clear), None))
+    assert torch.equal(by_mask, read_reference(data(clear), None))
     assert by_mask[0, :, 0, 0].tolist() == [1, 0, 0] and by_mask[0, :, 0, -1].tolist() == [0.5, 0.5, 0.5]
-    assert customize.read_reference(data(image), None)[0, 1].max() == 0
+    assert read_reference(data(image), None)[0, 1].max() == 0
     with pytest.raises(ValueError, match="mask: 4x4 pixels, image has 8x4; allowed: the same size"):
-        customize.read_reference(data(image), data(half.crop((0, 0, 4, 4))))
+        read_reference(data(image), data(half.crop((0, 0, 4, 4))))
     with pytest.raises(ValueError, match="mask: empty, black or transparent everywhere: there is no object in 8x4"):
-        customize.read_reference(data(image), data(Image.new("L", (8, 4), 0)))
+        read_reference(data(image), data(Image.new("L", (8, 4), 0)))
 
 
 @pytest.mark.ray
@@ -401,7 +402,7 @@ def test_a_run_trains_resumes_to_the_same_bits_and_customizes(
         for name, tensor in load_file(path).items():
             assert torch.equal(tensor, first[path.name][name]), (path.name, name)
     Image.new("RGBA", (40, 30), (255, 0, 0, 200)).save(tmp_path / "x.png")
-    sheet = customize.customize_file(
+    sheet = customize_file(
         [Shown(tmp_path / "x.png")], PROMPTS[0], str(run), tmp_path / "out.png", 2, 0, Guidance(2, 2.0, 1.0)
     )
     assert Image.open(sheet).size == (64, 32)

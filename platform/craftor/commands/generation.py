@@ -65,7 +65,8 @@ def customize(
         if given and len(given) != len(image):
             raise RecipeError(f"{len(given)} {name} for {len(image)} --image; allowed: one for each, in order, or none")
     mixture = dict(_weighted(text) for text in mix or [])
-    from craftor.customize import Guidance, Shown, customize_file
+    from craftor.customize import Guidance
+    from craftor.customize_files import Shown, customize_file
 
     none = [None] * len(image)
     shown = [Shown(*files) for files in zip(image, mask or none, region or none, strict=True)]

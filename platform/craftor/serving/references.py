@@ -2,7 +2,7 @@
 
 import hashlib
 
-from craftor.customize import read_reference
+from craftor.customize_files import read_reference
 from craftor.serving.errors import ApiError
 from craftor.serving.form import Form
 from craftor.serving.metrics import Metrics
