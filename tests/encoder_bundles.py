@@ -18,7 +18,7 @@ from craftor.diffuser import Diffuser, load
 from craftor.locate import absolute
 from craftor.recipe import Recipe
 from craftor.recipe import load as load_recipe
-from craftor.task_settings import Part
+from craftor.train_settings import Part
 
 METRICS = {
     "quality": {"base": 7.0, "tuned": 7.5, "delta": 0.5, "ci95": [0.4, 0.6], "win_rate": 0.9, "held_out": True},

@@ -17,7 +17,7 @@ from craftor.diffuser import Diffuser, load
 from craftor.encoders import EncoderRefused, UnknownEncoder, load_encoder, resolve, versions
 from craftor.recipe import Model, Recipe
 from craftor.registry import BundleError
-from craftor.task_settings import Part
+from craftor.train_settings import Part
 from encoder_bundles import make_bundle, new_store, recipe_for, register, write_lora
 
 

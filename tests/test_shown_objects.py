@@ -19,12 +19,12 @@ from craftor.diffuser import Diffuser
 from craftor.embed import Condition, mix
 from craftor.encoders import load_encoder
 from craftor.mixture import MixtureError
+from craftor.object_settings import ShownObject
 from craftor.plan import plan
 from craftor.recipe import Recipe, RecipeError
 from craftor.recipe import load as load_recipe
 from craftor.shown_objects import ShownObjects
 from craftor.stream import Rows
-from craftor.task_settings import ShownObject
 from craftor.tasks.object_encoder import ObjectEncoderTask
 from craftor.tasks.reward_tuning import RewardTuningTask
 from craftor_rewards.features import build_features

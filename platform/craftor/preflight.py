@@ -9,8 +9,8 @@ from pathlib import Path
 import fsspec
 
 from craftor.locate import locate
+from craftor.object_settings import ShownObject
 from craftor.recipe import Data, DirectTuning, Evaluation, ObjectEncoder, Recipe, RecipeError, RewardTuning
-from craftor.task_settings import ShownObject
 
 _PROBE_BYTES = 1 << 20
 # Written out here so that a misspelt recipe is refused in a moment, without importing torch or Ray; tests hold these

@@ -11,21 +11,12 @@ from pydantic import Field, ValidationError, model_validator
 from craftor.baselines.settings import BestOf
 from craftor.explain import explain
 from craftor.guards import Guards
+from craftor.object_settings import ObjectEncoder
 from craftor.rollout import Rollout, Section, Window
 from craftor.run_settings import Data, Evaluation, Model, Optimizer, Register, Run, Validation
 from craftor.searching.settings import MEASURED, Distribution, Search, Value, corners, expand, substitute
-from craftor.task_settings import (
-    Denoising,
-    DirectTuning,
-    ObjectEncoder,
-    Part,
-    PolicyGradient,
-    Prefix,
-    Reward,
-    RewardTuning,
-    Train,
-    Tuning,
-)
+from craftor.task_settings import Denoising, DirectTuning, PolicyGradient, Prefix, Reward, RewardTuning, Tuning
+from craftor.train_settings import Part, Train
 from craftor.workers import Workers, check_parts_in_shards, check_task_in_shards
 
 __all__ = [

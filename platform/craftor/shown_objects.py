@@ -18,8 +18,8 @@ from craftor.customize import load
 from craftor.denoise import Prompt
 from craftor.diffuser import Diffuser
 from craftor.locate import locate
+from craftor.object_settings import ShownObject
 from craftor.prefix_cache import weights_digest
-from craftor.task_settings import ShownObject
 from craftor_rewards.features import build_features, identity
 
 MOST = 4096

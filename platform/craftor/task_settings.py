@@ -6,46 +6,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from craftor.guards import OTHERS, STATISTICS
+from craftor.object_settings import IDENTITY, ShownObject
 from craftor.reward_settings import Composition, Reward, expand_preset
 from craftor.rollout import Rollout, Section, Window
-
-IDENTITY = "identity"
-"""The name of the reward that `task.shown.identity` adds."""
-
-
-class Part(Section):
-    """How one part of the pipeline trains."""
-
-    method: Literal["full", "lora"] = "full"
-    rank: int = Field(8, ge=1)
-    alpha: int | None = Field(None, ge=1)
-    """LoRA's scale times its rank; by default the rank, so the scale is 1."""
-    lr: float | None = Field(None, gt=0)
-    """Learning rate of this part, where it is not the optimizer's."""
-
-
-class Train(Section):
-    """What trains: the parts named here, and nothing else."""
-
-    text_encoder: Part | None = None
-    text_encoder_2: Part | None = None
-    """SDXL's second encoder."""
-    unet: Part | None = None
-
-    @model_validator(mode="after")
-    def _something(self) -> "Train":
-        if not self.parts:
-            raise ValueError("nothing trains; name at least one of text_encoder, text_encoder_2, unet")
-        return self
-
-    @property
-    def parts(self) -> dict[str, Part]:
-        named = {"text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2, "unet": self.unet}
-        return {name: part for name, part in named.items() if part is not None}
-
-    @property
-    def encoders(self) -> tuple[str, ...]:
-        return tuple(name for name in self.parts if name != "unet")
+from craftor.train_settings import Part, Train
 
 
 class Prefix(Section):
@@ -139,27 +103,6 @@ class Tuning(Section):
                 "collapses onto one preferred image; add one with weight > 0"
             )
         return rewards
-
-
-class Identity(Section):
-    """One more reward, named `identity`: how alike an object and the picture it was shown for are, -1 to 1."""
-
-    weights: str
-    """What looks at both: folder or hub id of a CLIP or a DINO, or a short name of the catalogue."""
-    weight: float = Field(gt=0)
-    scale: float = Field(1.0, gt=0)
-
-
-class ShownObject(Section):
-    """An object shown beside the text to a share of samples, so that what trains suits pictures with and without."""
-
-    encoder: str
-    """A trained object encoder: a run's folder or a bundle's. Its UNet draws, and does not train."""
-    references: str
-    """A folder of Parquet that an object encoder trains on; its references are shown."""
-    share: float = Field(0.5, gt=0, le=1)
-    identity: Identity | None = None
-    """A reward for samples that see an object; those that see none score 0 in it."""
 
 
 class RewardTuning(Tuning):
@@ -299,51 +242,3 @@ class Denoising(Section):
     min_weight: float = Field(0.0, ge=0, le=1)
     """Floor of the weight on the error of v or of the noise. Without one, nearly pure noise counts for nothing, and
     that is where a sampler that starts from pure noise decides the layout."""
-
-
-class ConditionDropout(Section):
-    """Chances that a sample sees no caption, no object, or neither: what guidance needs both branches of."""
-
-    text: float = Field(0.05, ge=0, le=1)
-    object: float = Field(0.05, ge=0, le=1)
-    both: float = Field(0.05, ge=0, le=1)
-
-    @property
-    def total(self) -> float:
-        return self.text + self.object + self.both
-
-    @model_validator(mode="after")
-    def _some_is_left(self) -> "ConditionDropout":
-        if self.total >= 1:
-            raise ValueError(f"text + object + both = {self.total:g}; allowed: less than 1")
-        return self
-
-
-class ObjectEncoder(Section):
-    """Train an object's cross-attention beside the text's, so that one picture of it conditions new ones.
-
-    None of the defaults is a published value of the method's: its paper's settings are not known.
-    """
-
-    kind: Literal["object_encoder"]
-    domain: str = ""
-    """What kind of objects it learns, in your words ("dogs"): a label, in its registered versions."""
-    image_encoder: str
-    """A frozen CLIP: a folder, a hub id, or `micro:NAME`."""
-    tokens: Literal["pooled", "patches"] = "patches"
-    """What is read of it: the image embedding (4 tokens), or each patch (one token each)."""
-    unet: Part | Literal["frozen"] = Part()
-    """How the UNet trains beside the new cross-attention: whole, by LoRA, or not at all."""
-    adapter: str | None = None
-    """An IP-Adapter file to start from."""
-    domain_share: float = Field(0.5, gt=0, le=1)
-    """Share of rows in every batch that have an object; `data.path` must hold them so."""
-    identity_weight: float = Field(0.5, ge=0)
-    """Weight of the error on the object's own cells."""
-    dropout: ConditionDropout = ConditionDropout()
-    min_snr_gamma: float = Field(5.0, gt=0)
-    min_weight: float = Field(0.0, ge=0, le=1)
-
-    @property
-    def tuned(self) -> Part | None:
-        return None if self.unet == "frozen" else self.unet

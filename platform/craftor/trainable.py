@@ -20,7 +20,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from craftor.diffuser import ENCODERS, Diffuser, freeze
-from craftor.task_settings import Part
+from craftor.train_settings import Part
 
 LORA_FOLDER = "lora"
 TARGETS = {

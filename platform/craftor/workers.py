@@ -4,8 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from craftor.object_settings import ObjectEncoder
 from craftor.rollout import Section, Window
-from craftor.task_settings import Denoising, ObjectEncoder, PolicyGradient, RewardTuning, Tuning
+from craftor.task_settings import Denoising, PolicyGradient, RewardTuning, Tuning
 
 Count = Annotated[int, Field(ge=1)]
 

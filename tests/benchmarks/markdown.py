@@ -144,6 +144,7 @@ FIGURES: dict[str, dict[str, tuple[str, str, str]]] = {
         "loss_none": ("the same, shown nothing", ".3f", "< shuffled"),
         "loss_shuffled": ("the same, shown another object", ".3f", ""),
         "copy_gap": ("loss with another picture over that with the target itself, less 1", "+.2%", "≤ 2 %"),
+        "copy_gap_self_pairs": ("the same of an encoder trained on self-pairs", "+.2%", ""),
         "position_correlation": ("correlation of the object's place with that in the reference", "+.2f", "≤ 0.1"),
         "identity_accuracy": ("pictures with all of the object's attributes right", ".2f", ""),
         "identity_accuracy_text_only": ("the same from the prompt alone", ".2f", ""),

@@ -14,6 +14,7 @@ from craftor.denoise import Chain, Prompt, State, sample
 from craftor.diffuser import assert_frozen, load
 from craftor.embed import Condition, embed
 from craftor.image_statistics import measure, summarise
+from craftor.object_settings import IDENTITY
 from craftor.plan import Plan, plan
 from craftor.prefix_cache import read_manifest
 from craftor.recipe import Recipe, RewardTuning
@@ -21,7 +22,6 @@ from craftor.replay import kept_steps, measure_kept_steps
 from craftor.scoring import Elsewhere, Scoring
 from craftor.solver import add_noise, begun_at
 from craftor.stream import Rows
-from craftor.task_settings import IDENTITY
 
 if TYPE_CHECKING:
     from craftor.shown_objects import ShownObjects
