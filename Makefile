@@ -82,7 +82,7 @@ bench-serve: .venv/.dev
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.markdown serve
 
 # Of a run of recipes/micro_object_encoder.toml, and of one like it whose references are their own targets:
-# craftor_micro.build object-pairs --self-pairs --num 24000 --seed 2 --out runs/micro/self_pairs, then
+# craftor_micro.build object-pairs --self-pairs --seed 2 --out runs/micro/self_pairs, then
 # craftor train recipes/micro_object_encoder.toml --out runs/micro-object-self --set data.path=runs/micro/self_pairs
 .PHONY: bench-object
 bench-object: .venv/.dev

@@ -25,6 +25,13 @@ def craftor(*arguments: object, cwd: Path | None = None, **env: str) -> subproce
     )
 
 
+def test_masks_and_regions_are_one_for_each_picture_or_none() -> None:
+    picture = ("--image", ROOT / "recipes" / "objects.png")
+    for name in ("--mask", "--region"):
+        result = craftor("customize", *picture, *picture, name, picture[1], "--prompt", "a ring")
+        assert result.returncode == 2 and f"1 {name} for 2 --image; allowed: one for each" in result.stderr
+
+
 def test_version_and_help_do_not_load_torch() -> None:
     assert craftor("--version").stdout.strip() == __version__
     for command in ("quickstart", "train", "evaluate", "report", "sync"):

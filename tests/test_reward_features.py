@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
-from craftor_rewards.features import DinoFeatures, identity, pairwise_diversity
+from craftor_rewards.features import ClipFeatures, DinoFeatures, build_features, identity, pairwise_diversity
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -37,6 +37,11 @@ def folder(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def dino(folder):
     return DinoFeatures(folder)
+
+
+def test_features_are_built_by_what_the_weights_are(folder, images, tiny):
+    assert torch.equal(build_features(folder)(images), DinoFeatures(folder)(images))
+    assert isinstance(build_features(tiny / "clip"), ClipFeatures)
 
 
 @pytest.fixture

@@ -127,6 +127,12 @@ def test_identity_is_a_reward_among_the_others(tiny: Path, tiny_recipe: Path, en
     ]
     assert (gradients[1] - gradients[0]).norm() > 0.01 * gradients[0].norm()
     task.assert_frozen()
+    settings = load_recipe(
+        tiny_recipe, {"task.shown": {**shown, "identity": {"weights": f"{tiny}/pick", "weight": 5.0}}}
+    )
+    told = registry.describe(settings, task.diffuser)["rewards"]
+    assert told["identity"] == {"kind": "identity", "weight": 5.0} and "clip" in told
+    assert "identity" in settings.task.metrics()
 
     images = task.images.repeat(2, 1, 1, 1).requires_grad_()
     scores = task.shown.likeness(images, PROMPTS * 2)

@@ -5,11 +5,13 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+TEMPLATES = Path(__file__).parent / "templates"
 
-def render(template: str, **values: Any) -> str:
+
+def render(template: str, *, folder: Path = TEMPLATES, **values: Any) -> str:
     """Everything is escaped; a value that is missing is an error."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=FileSystemLoader(folder),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -25,8 +25,9 @@ from mlflow.tracking import MlflowClient
 
 from craftor import __version__, checkpoint, object_adapter, object_condition
 from craftor.diffuser import Diffuser
+from craftor.object_settings import IDENTITY
 from craftor.prefix_cache import weights_digest
-from craftor.recipe import ObjectEncoder, Recipe, Tuning
+from craftor.recipe import ObjectEncoder, Recipe, RewardTuning, Tuning
 from craftor.tracking import EXPERIMENT, Tracker
 
 FLAVOR = "craftor_encoder"
@@ -81,15 +82,17 @@ def describe(recipe: Recipe, diffuser: Diffuser) -> dict[str, Any]:
     if isinstance(recipe.task, ObjectEncoder):
         return _describe_object_encoder(recipe, recipe.task, diffuser)
     assert isinstance(recipe.task, Tuning)
-    rollout, rewards = recipe.task.rollout, recipe.task.rewards
+    told = {name: {"kind": r.kind, "weight": r.weight} for name, r in recipe.task.rewards.items() if r.weight}
+    if isinstance(recipe.task, RewardTuning) and recipe.task.identity is not None:
+        told[IDENTITY] = {"kind": IDENTITY, "weight": recipe.task.identity.weight}
     steps = recipe.task.acts()
     # Step i takes the latents from timestep i to the one after: the window ends where the first step outside begins.
-    timesteps = [*(step.timestep for step in diffuser.guided(rollout).schedule), -1]
+    timesteps = [*(step.timestep for step in diffuser.guided(recipe.task.rollout).schedule), -1]
     return {
         "name": recipe.name,
         "craftor": __version__,
         "base": {"model": recipe.model.path, "text_encoder_sha256": weights_digest([diffuser.text_encoder])},
-        "rewards": {name: {"kind": r.kind, "weight": r.weight} for name, r in rewards.items() if r.weight},
+        "rewards": told,
         "window": {"first_timestep": timesteps[steps.start], "last_timestep": timesteps[steps.stop] + 1},
     }
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from craftor.guards import OTHERS, STATISTICS
-from craftor.object_settings import IDENTITY, ShownObject
+from craftor.object_settings import IDENTITY, Identity, ShownObject
 from craftor.reward_settings import Composition, Reward, expand_preset
 from craftor.rollout import Rollout, Section, Window
 from craftor.train_settings import Part, Train
@@ -114,9 +114,13 @@ class RewardTuning(Tuning):
     shown: ShownObject | None = None
 
     @property
+    def identity(self) -> Identity | None:
+        return self.shown.identity if self.shown is not None else None
+
+    @property
     def factors(self) -> dict[str, float]:
-        identity = self.shown.identity if self.shown is not None else None
-        return super().factors | ({IDENTITY: identity.weight * identity.scale} if identity is not None else {})
+        own = {IDENTITY: self.identity.weight * self.identity.scale} if self.identity is not None else {}
+        return super().factors | own
 
     def acts(self) -> range:
         """The window's steps, or all where the trained encoder also conditioned the others."""
@@ -132,7 +136,7 @@ class RewardTuning(Tuning):
     def _objects_can_be_shown(self) -> "RewardTuning":
         if self.shown is None:
             return self
-        if self.shown.identity is not None and IDENTITY in self.rewards:
+        if self.identity is not None and IDENTITY in self.rewards:
             raise ValueError("shown.identity: a reward of task.rewards has the name 'identity' already; choose another")
         if self.train.unet is not None or self.train.text_encoder_2 is not None:
             raise ValueError("shown: the object encoder's UNet draws; allowed to train: text_encoder alone")

@@ -158,35 +158,29 @@ def per_object_methods(
         for name, s in scores.items()
         for key in ACCURACIES
     }
-    every = slice(None, None, scenes)
-    columns = [
-        of.references[every],
-        *(pictures[every] for pictures in made.values()),
-        render_views(of.views[every]).images,
-    ]
-    save_sheet(torch.stack(columns).flatten(0, 1), Path("runs/bench/object_methods.png"), columns=num)
-    _page(customizer, of, guidance, judges, made, figures, scenes)
+    text_only = in_batches(_by(customizer, of, guidance, shown=False), len(of))
+    _page(of, made | {"_text_only": text_only}, scores | {"_text_only": judges(text_only, of)}, figures, scenes)
     return scores, {name: value for name, value in figures.items() if not name.startswith("fit_seconds")}
 
 
+TITLES = {
+    "_text_only": "text only",
+    "": "object encoder",
+    "_textual_inversion": "Textual Inversion",
+    "_dreambooth": "DreamBooth",
+}
+
+
 def _page(
-    customizer: Customizer,
-    of: Asked,
-    guidance: Guidance,
-    judges: Judges,
-    made: Mapping[str, Tensor],
-    figures: Mapping[str, float],
-    scenes: int,
+    of: Asked, made: Mapping[str, Tensor], scores: Mapping[str, Scores], figures: Mapping[str, float], scenes: int
 ) -> None:
     """The methods beside text alone, for whoever would rather look."""
-    titles = {"": "object encoder", "_textual_inversion": "Textual Inversion", "_dreambooth": "DreamBooth"}
-    pictures = {"text only": in_batches(_by(customizer, of, guidance, shown=False), len(of))}
-    pictures |= {titles[name]: drawn for name, drawn in made.items()}
-    costs = {"text only": "nothing"} | {
-        titles[name]: f"{figures[f'seconds_per_object{name}']:.3g} s, {figures[f'bytes_per_object{name}'] / 1e6:.3g} MB"
+    costs = {
+        name: f"{figures[f'seconds_per_object{name}']:.3g} s, {figures[f'bytes_per_object{name}'] / 1e6:.3g} MB"
         for name in made
-    }
-    scores = {name: judges(drawn, of) for name, drawn in pictures.items()}
+        if name != "_text_only"
+    } | {"_text_only": "nothing"}
+    pictures, scores, costs = ({title: by[name] for name, title in TITLES.items()} for by in (made, scores, costs))
     write_page(Path("runs/bench/object.html"), of, pictures, scores, costs, per_object=scenes)
 
 

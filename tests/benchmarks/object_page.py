@@ -1,17 +1,17 @@
 """Pictures of objects by several methods, beside their references and prompts -> one self-contained HTML page."""
 
-import base64
 import io
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 from torch import Tensor
 
 from benchmarks.object_drawing import Asked, Scores
+from craftor.pages import render
+from craftor.report import data_uri
 
 FIGURES = {
     "this object, all attributes": "identity",
@@ -37,10 +37,9 @@ def write_page(
     `shown` of each object's `per_object` scenes have their pictures on the page; the figures are of all.
     """
     rows = [i for i in range(len(of)) if i % per_object < shown]
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    page = environment.get_template("object_page.html.j2").render(
+    page = render(
+        "object_page.html.j2",
+        folder=Path(__file__).parent,
         about=f"{len(of) // per_object} held-out objects, {per_object} scenes each.",
         methods=list(made),
         figures=[
@@ -73,4 +72,4 @@ def _percent(values: np.ndarray) -> str:
 def _png(image: Float[Tensor, "3 H W"]) -> str:
     buffer = io.BytesIO()
     Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return data_uri(buffer.getvalue())
