@@ -1,4 +1,6 @@
-"""On Ray Serve: the same bytes from any replica, jobs cancelled wherever they are, and a killed replica comes back."""
+"""On Ray Serve: the same bytes from any replica, jobs cancelled wherever they are, promotions everywhere, and a killed
+replica comes back.
+"""
 
 import asyncio
 import socket
@@ -11,13 +13,16 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
+from conftest import write_tiny_recipe
 from craftor.diffuser import load
 from craftor.recipe import Model, RecipeError
 from craftor.serving import service
 from craftor.serving.preflight import check
 from craftor.serving.settings import Serving, parse
 from craftor.serving.settings import load as load_serving
+from craftor.tracking import client
 from craftor.versions import UnknownEncoder
+from encoder_bundles import make_bundle, new_store, recipe_for, register
 from serving_parts import replicas, write_tuned_bundle
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +47,10 @@ def test_the_shipped_files_are_valid_and_mistakes_are_named(tmp_path: Path) -> N
         ('model = { path = "micro:base" }\nhttp = { host = "0.0.0.0" }', "'0.0.0.0' is open to others, and tokens is"),
         ('model = { path = "micro:base" }\nencoders = { base = "x" }', "encoders: 'base' cannot name an encoder"),
         ('model = { path = "micro:base" }\nlimits = { sizes = ["big"] }', "'big': expected WIDTHxHEIGHT"),
+        (
+            'model = { path = "micro:base", compile = true }\ncontrolnet = "x"',
+            "model.compile = true: not with controlnet; allowed there: false",
+        ),
         (
             'model = { path = "micro:base" }\nobject_encoder = "x@y"\nengine = { bucket = 2 }',
             "engine.bucket = 2: with an object_encoder at least 3",
@@ -133,12 +142,19 @@ def test_replicas_scale_between_their_bounds_and_see_more_than_they_hold() -> No
 
 
 @pytest.fixture(scope="module")
-def url(tiny: Path, cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("deployed")
+
+
+@pytest.fixture(scope="module")
+def url(tiny: Path, cluster: None, folder: Path) -> Iterator[str]:
     from ray import serve
 
     from craftor.serving.deployment import start
 
-    folder = tmp_path_factory.mktemp("deployed")
+    recipe, connected = recipe_for(write_tiny_recipe(tiny, folder)), new_store(folder / "runs")
+    register(connected, make_bundle(recipe, folder / "1", 1), "style", "champion")
+    register(connected, make_bundle(recipe, folder / "2", 2), "style")
     bundle = write_tuned_bundle(tiny, load(Model(path=str(tiny / "pipeline"))), folder, 1)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -147,8 +163,9 @@ def url(tiny: Path, cluster: None, tmp_path_factory: pytest.TempPathFactory) -> 
         Serving.model_validate(
             {
                 "model": {"path": str(tiny / "pipeline")},
-                "encoders": {"tuned": str(bundle)},
-                "runs": str(folder),
+                "encoders": {"tuned": str(bundle), "style": "style@champion"},
+                "poll_seconds": 3600.0,
+                "runs": str(folder / "runs"),
                 "engine": {"bucket": 4, "queue_seconds": 1000.0},
                 "limits": {"steps": 1000},
                 "http": {"port": port},
@@ -167,12 +184,17 @@ def ask(url: str, *, job: str | None = None, **body: object) -> httpx.Response:
     )
 
 
+def served_styles(url: str) -> set[str]:
+    """The versions of `style` that some replica serves, as their answers to ten callers show."""
+    answers = [ask(url, steps=1, mix={"style": 0.5}).json()["data"][0] for _ in range(10)]
+    return {answer["provenance"]["mixture"][0]["version"] for answer in answers}
+
+
 @pytest.mark.ray
-def test_replicas_agree_cancel_and_come_back(url: str) -> None:
+def test_replicas_agree_cancel_follow_and_come_back(url: str, folder: Path) -> None:
     body = {"seed": 1, "steps": 4, "mix": {"tuned": 0.5}}
     answers = [ask(url, **body).json()["data"] for _ in range(6)]
     assert len(answers[0]) == 1 and all(answer == answers[0] for answer in answers)
-    assert httpx.post(f"{url}/v1/encoders/refresh", timeout=30).status_code == 202
     assert ask(url, mix={"none": 1}).json()["error"]["code"] == "encoder_not_found"
 
     ended: list[httpx.Response] = []
@@ -184,6 +206,14 @@ def test_replicas_agree_cancel_and_come_back(url: str) -> None:
         time.sleep(0.05)
     long.join()
     assert told.json()["cancelled_images"] == 8 and ended[0].json()["error"]["code"] == "cancelled"
+
+    assert served_styles(url) == {"1"}
+    client(folder / "runs").set_registered_model_alias("style", "champion", "2")
+    assert httpx.post(f"{url}/v1/encoders/refresh", timeout=30).status_code == 202
+    until = time.monotonic() + 30
+    while (styles := served_styles(url)) != {"2"} and time.monotonic() < until:
+        time.sleep(0.2)
+    assert styles == {"2"}, "the replica that looks has told the other"
 
     before = replicas()
     assert len(before) == 2

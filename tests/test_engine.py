@@ -1,6 +1,6 @@
 """The engine: any rows share a step, no row can tell, and the arithmetic is that of the training rollout."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -167,6 +167,36 @@ def test_in_bfloat16_bits_are_as_strict_and_pictures_are_decoded_in_it(tiny: Pat
     torch.testing.assert_close(alone, exact, rtol=0, atol=0.03)
 
 
+def test_all_is_compiled_before_anybody_waits_and_is_as_strict(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here without a C++ compiler: what is traced is run as it is."""
+    graphs = []
+
+    def traced(graph: torch.fx.GraphModule, _: object) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile_module(self, backend=traced, **how))
+    torch.compiler.reset()
+    base = load(Model(path=str(tiny / "pipeline"), precision="bf16", compile=True)).hold_rounded()
+    engine = engine_of(base, bucket=8)
+    side = base.latent_shape[1] * base.pixels_per_latent
+    engine.prepare([(side, side), (side, 2 * side)])
+    assert len(graphs) == 2, "one for each shape"
+    requests = various(base)
+    wide = replace(requests[0], size=(side, 2 * side))
+    crowd = drain(engine, engine.submit([*requests, wide]))
+    for index in (0, 2):
+        (alone,) = drain(engine, engine.submit([requests[index]]))
+        assert torch.equal(alone, crowd[index])
+    assert len(graphs) == 2, "and no request waited for another"
+    engine.stop()
+    torch.compiler.reset()
+    plain = engine_of(load(Model(path=str(tiny / "pipeline"), precision="bf16")).hold_rounded(), bucket=8)
+    torch.testing.assert_close(drain(plain, plain.submit(requests[:1]))[0], crowd[0], rtol=0, atol=0.02)
+    plain.stop()
+
+
 def test_weight_zero_and_the_base_are_one(base: Diffuser, strict: Engine) -> None:
     plain = ImageRequest(PROMPT, seed=3, num_steps=4)
     nothing = ImageRequest(PROMPT, seed=3, num_steps=4, shares=(Share(tuned(base, 1), 0.0, (999, 0)),))
@@ -273,7 +303,7 @@ def test_a_deadline_counts_what_runs_and_what_waits(base: Diffuser) -> None:
     before = engine.submit([ImageRequest(seed=i, num_steps=steps, **plain) for i, steps in enumerate((10, 4))])
     encoded(before)
     engine.step()
-    (lane,) = engine._lanes.values()
+    (lane,) = engine._lanes
     step = lane.seconds[2]
     with pytest.raises(Rejected, match="the deadline is in") as refused:
         engine.submit([ImageRequest(seed=3, num_steps=5, **plain)], deadline=7.9 * step)

@@ -1,5 +1,6 @@
 """Hot reload: what an alias points to is checked before it is served, and nothing that fails takes anything away."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ from craftor.encoders import Encoder, EncoderRefused, UnknownEncoder, Version, l
 from craftor.recipe import Model
 from craftor.serving import library as module
 from craftor.serving.engine import Engine
-from craftor.serving.library import Library, NotServed, Watcher
+from craftor.serving.library import Library, NotServed, Sighting
 from craftor.serving.settings import Canary, EngineSettings
+from craftor.serving.watcher import Watcher
 from craftor.serving.work import ImageRequest, Share
 from craftor.tracking import TrackingUnreachable
 from serving_parts import drain, encoded, write_tuned_bundle
@@ -22,8 +24,10 @@ class Registry:
     def __init__(self, bundles: dict[str, Path]) -> None:
         self.bundles, self.champion, self.down = bundles, "1", False
         self.loads: list[str] = []
+        self.looks = 0
 
     def resolve(self, text: str) -> Version:
+        self.looks += 1
         if self.down:
             raise TrackingUnreachable("MLflow does not answer")
         if text != "style@champion":
@@ -127,18 +131,58 @@ def test_what_is_new_in_the_registry_is_served_too(registry: Registry, base: Dif
     assert list(library.problems) == ["odd"], "what cannot be used is said, and nothing else is lost"
 
 
+def wait_for(version: str, *libraries: Library) -> None:
+    until = time.monotonic() + 20
+    while time.monotonic() < until and any(one.find("style").version != version for one in libraries):
+        time.sleep(0.01)
+    assert [one.find("style").version for one in libraries] == [version] * len(libraries)
+
+
 def test_the_watcher_looks_at_once_when_hinted(registry: Registry, base: Diffuser) -> None:
     library = Library(base, {"style": "style@champion"}, registry.resolve)
     watcher = Watcher(library, seconds=3600)
     registry.champion = "2"
     watcher.hint()
-    for _ in range(1000):
-        if library.find("style").version == "2":
-            break
-        watcher._thread.join(0.01)
-    assert library.find("style").version == "2" and watcher.alive
+    wait_for("2", library)
+    assert watcher.problem is None
     watcher.stop()
-    assert not watcher.alive
+    assert "has ended" in str(watcher.problem)
+
+
+def test_one_replica_looks_for_all_and_another_where_it_ends(registry: Registry, base: Diffuser) -> None:
+    libraries = [Library(base, {"style": "style@champion"}, registry.resolve) for _ in range(3)]
+    watchers: list[Watcher] = []
+    first = 0
+
+    def tell(seen: Sighting) -> None:
+        for watcher in watchers:
+            watcher.hear(seen)
+
+    watchers += [Watcher(one, 3600, lambda i=i: first == i, tell) for i, one in enumerate(libraries)]
+    looks = registry.looks
+    registry.champion = "2"
+    for watcher in watchers:
+        watcher.hint()
+    wait_for("2", *libraries)
+    assert registry.looks == looks + 1
+    first, registry.champion = 1, "1"
+    watchers.pop(0).stop()
+    for watcher in watchers:
+        watcher.hint()
+    wait_for("1", *libraries[1:])
+    assert registry.looks == looks + 2 and libraries[0].find("style").version == "2"
+    for watcher in watchers:
+        watcher.stop()
+
+
+def test_who_hears_nothing_of_the_registry_says_so(registry: Registry, base: Diffuser, monkeypatch) -> None:  # noqa: ANN001
+    watcher = Watcher(Library(base, {"style": "style@champion"}, registry.resolve), 1.0, leads=lambda: False)
+    assert watcher.problem is None
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 50)
+    assert watcher.problem == "no replica has told of the registry for 50 s"
+    monkeypatch.undo()
+    watcher.stop()
 
 
 def test_a_share_of_the_callers_get_the_canary_always_the_same_ones(registry: Registry, base: Diffuser) -> None:

@@ -69,7 +69,7 @@ class Diffuser:
     def guided(self, rollout: Rollout, unet: UNet2DConditionModel | None = None) -> Guided:
         """The denoiser of a rollout, in the model's precision; `unet` stands in for the frozen one."""
         steps, unet = schedule(self.scheduler, rollout.solver, rollout.num_steps), unet or self.unet
-        if self.compile:
+        if self.compile and unet._compiled_call_impl is None:
             unet.compile()  # here and not on loading: a copy of a compiled module would still run the original
         return Guided(unet, steps, rollout.guidance_scale, self.precision, self._time_ids)
 

@@ -6,7 +6,9 @@ seed in turn (`serving_load`); overload, soak, promotion and fuzzing against the
 
 `grouped` takes as many requests as fill the engine's UNet call when they have equal parameters. `wide` takes four times
 as many, to find more equals among them: with few combinations of parameters that is a better batch, if the device holds
-it; among mixtures nobody finds equals.
+it; among mixtures nobody finds equals. The engine's UNet is compiled, as its one size of call allows; the others run
+diffusers' pipelines as they come, and `compiled` is `grouped` with a UNet compiled for each size that w3's groups have
+(half a minute for every one, in a run before the one that is measured).
 """
 
 import argparse
@@ -23,7 +25,7 @@ from rich.table import Table
 
 from benchmarks import harness
 from benchmarks.serving_endpoint import fuzz, noisy_encoder, over_http, recovery, registered
-from benchmarks.serving_load import MODEL, Continuous, Grouped, Outcome, run, work, workload
+from benchmarks.serving_load import COMPILED, MODEL, Continuous, Grouped, Outcome, run, work, workload
 from craftor.diffuser import Diffuser, load
 from craftor.quiet import hush
 from craftor.serving import buckets
@@ -54,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--requests", type=int, default=40, help="of one run of a workload")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--bucket", type=int, default=None, help="slots of a UNet call; by default measured")
+    parser.add_argument("--bucket", type=int, default=32, help="slots of a UNet call")
     parser.add_argument("--poisson-seconds", type=float, default=45, help="of load for each latency figure")
     parser.add_argument("--soak-seconds", type=float, default=600)
     parser.add_argument("--fuzz-examples", type=int, default=400, help="of each operation")
@@ -71,11 +73,10 @@ def main() -> None:
     os.sched_setaffinity(0, {cores[0]})
     console = Console(width=120)
 
-    base = load(MODEL).hold_rounded()
     if arguments.rates:
-        print_rates(base, arguments, console)
+        print_rates(arguments, console)
         return
-    figures, details = in_process(base, arguments, console)
+    figures, details = in_process(arguments, console)
     details["settings"] = vars(arguments)
 
     def note(more: Mapping[str, float]) -> None:
@@ -89,10 +90,10 @@ def main() -> None:
     os.sched_setaffinity(0, set(cores))
     note(figures)
     with TemporaryDirectory() as folder:
-        note(recovery(Path(folder)))
-        connected, bundles = registered(base, Path(folder))
+        note(recovery(Path(folder), arguments.bucket))
+        connected, bundles = registered(load(MODEL), Path(folder))
         settings = {
-            "model": MODEL.model_dump(),
+            "model": COMPILED.model_dump(),
             "encoders": {"style": "style@champion", "fixed": str(bundles[1])},
             "poll_seconds": 1.0,
             "runs": folder,
@@ -107,13 +108,13 @@ def main() -> None:
     console.print("quick: nothing is written" if arguments.quick else harness.OUT / "serve.json")
 
 
-def in_process(base: Diffuser, arguments: argparse.Namespace, console: Console) -> tuple[dict, dict]:
+def in_process(arguments: argparse.Namespace, console: Console) -> tuple[dict, dict]:
     """Throughput of every workload and server, and the engine's latency under load."""
-    encoders = noisy_shares(base)
     seen = Overhead()
-    engine = Engine(base, EngineSettings(bucket=arguments.bucket, queue_seconds=1e6), seen).start()
+    engine = Engine(load(COMPILED).hold_rounded(), engine_settings(arguments), seen).start()
+    encoders = noisy_shares(engine.base)
     size = max(1, engine.capacity // 2)
-    servers = servers_of(base, engine)
+    servers = servers_of(engine)
     rates, shares, calls = saturated(engine, servers, WORKLOADS, arguments, encoders)
     for server in servers[1:]:
         server.stop()
@@ -133,6 +134,7 @@ def in_process(base: Diffuser, arguments: argparse.Namespace, console: Console) 
     figures |= {f"{w}_over_serial": ratio(rates[w], "continuous", "serial") for w in WORKLOADS}
     figures |= {
         "w3_over_wide_batch": ratio(rates["w3"], "continuous", "wide"),
+        "w3_over_compiled_batch": ratio(rates["w3"], "continuous", "compiled"),
         "w4_of_ceiling": float(np.median(shares)),
         "w4_p95_over_solo": p95 / float(np.percentile(alone, 95)),
         "engine_overhead": overhead,
@@ -153,11 +155,11 @@ def in_process(base: Diffuser, arguments: argparse.Namespace, console: Console) 
     return figures, details
 
 
-def print_rates(base: Diffuser, arguments: argparse.Namespace, console: Console) -> None:
+def print_rates(arguments: argparse.Namespace, console: Console) -> None:
     """The table of some workloads, and their ratios."""
-    engine = Engine(base, EngineSettings(bucket=arguments.bucket, queue_seconds=1e6), Overhead()).start()
-    servers, names = servers_of(base, engine), arguments.rates.split(",")
-    rates, _, _ = saturated(engine, servers, names, arguments, noisy_shares(base))
+    engine = Engine(load(COMPILED).hold_rounded(), engine_settings(arguments), Overhead()).start()
+    servers, names = servers_of(engine), arguments.rates.split(",")
+    rates, _, _ = saturated(engine, servers, names, arguments, noisy_shares(engine.base))
     for server in servers[1:]:
         server.stop()
     engine.stop()
@@ -170,17 +172,22 @@ def print_rates(base: Diffuser, arguments: argparse.Namespace, console: Console)
             )
 
 
+def engine_settings(arguments: argparse.Namespace) -> EngineSettings:
+    return EngineSettings(bucket=arguments.bucket, queue_seconds=1e6)
+
+
 def noisy_shares(base: Diffuser) -> list[Share]:
     """Four encoders in equal parts."""
     return [Share(noisy_encoder(base, seed), 0.25, (999, 0)) for seed in range(4)]
 
 
-def servers_of(base: Diffuser, engine: Engine) -> list[Continuous | Grouped]:
-    """The engine; batches that fill the same UNet call; batches four times as wide; one request at a time."""
-    size = max(1, engine.capacity // 2)
+def servers_of(engine: Engine) -> list[Continuous | Grouped]:
+    """The engine; batches that fill the same call; the same, compiled; four times as wide; one request at a time."""
+    size, base = max(1, engine.capacity // 2), load(MODEL)
     return [
         Continuous(engine),
         Grouped(base, "grouped", size),
+        Grouped(base, "compiled", size, compiled=True),
         Grouped(base, "wide", 4 * size),
         Grouped(base, "serial", 1, wait=0.0),
     ]
@@ -194,7 +201,7 @@ def saturated(
     encoders: list[Share],
 ) -> tuple[dict[str, dict[str, list[float]]], list[float], list[float]]:
     """Images/s of each workload and server, seed by seed; in w4 the engine's share of full calls, and their seconds."""
-    kept = {name: [s for s in servers if s.name != "wide" or name == "w3"] for name in names}
+    kept = {name: [s for s in servers if s.name not in ("wide", "compiled") or name == "w3"] for name in names}
     rates: dict[str, dict[str, list[float]]] = {name: {s.name: [] for s in own} for name, own in kept.items()}
     shares: list[float] = []
     calls: list[float] = []
@@ -206,6 +213,8 @@ def saturated(
             for server in servers[first:] + servers[:first]:
                 if server in kept[name]:
                     before = full_call(engine) if (name, server.name) == ("w4", "continuous") else []
+                    if server.name == "compiled":
+                        run(server, asks, rate=None, horizon=horizon, seed=seed)
                     found = run(server, asks, rate=None, horizon=horizon, seed=seed)
                     rates[name][server.name].append(found.rate)
                     if before:

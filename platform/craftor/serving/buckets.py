@@ -5,6 +5,7 @@ rows wait for each other. Where it lies is measured, not assumed.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from time import perf_counter
 from typing import Literal
 
@@ -24,11 +25,12 @@ def measure(
     """Seconds of a UNet call by its number of slots, the least of `repeats` after one to warm up."""
     found = {}
     for size in sizes:
-        latents = torch.zeros((size, *latent_shape), device=unet.unet.device)
-        rows = condition[torch.zeros(size, dtype=torch.long)]
-        timesteps = torch.zeros(size, dtype=torch.long, device=latents.device)
         seconds = []
-        with torch.inference_mode():
+        with torch.inference_mode():  # where its arguments are made, too: compiled code tells such tensors apart
+            latents = torch.zeros((size, *latent_shape), device=unet.unet.device)
+            rows = condition[torch.zeros(size, dtype=torch.long)]
+            rows = replace(rows, embeds=rows.embeds.to(unet.precision))
+            timesteps = torch.zeros(size, dtype=torch.long, device=latents.device)
             for _ in range(repeats + 1):
                 started = perf_counter()
                 unet.output(latents, Prompt(rows, rows), timesteps).flatten()[0].item()  # waits for the device
@@ -50,6 +52,11 @@ def ladder(mode: Mode, capacity: int) -> tuple[int, ...]:
         if mode == "strict"
         else (*(2**k for k in range(capacity.bit_length()) if 2**k < capacity), capacity)
     )
+
+
+def tried(mode: Mode, bucket: int | None, most: int) -> tuple[int, ...]:
+    """What is worth measuring: the sizes that calls will have where `bucket` says so, else all up to `most`."""
+    return ladder("fast", most) if bucket is None else ladder(mode, bucket)
 
 
 def smallest(sizes: Sequence[int], slots: int) -> int:

@@ -3,7 +3,8 @@
 Serve routes, scales, restarts and drains; it does not batch. Its `serve.batch` runs a call to its end before the next
 begins and splits batches by parameters, while the engine lets any rows meet at any step. So `max_ongoing_requests` is
 far above what an engine holds: the engine must see what it is to batch, and refuses by cost itself. Every replica holds
-every encoder, so any may answer; what only one of them knows, a job to cancel, is asked of all.
+every encoder, so any may answer; what only one of them knows, a job to cancel or what the registry says, is asked of
+or told to all.
 """
 
 import signal
@@ -21,6 +22,7 @@ from craftor.cluster import ray_session
 from craftor.quiet import hush
 from craftor.serving.api import Everywhere, build_app
 from craftor.serving.jobs import NOT_HERE
+from craftor.serving.library import Sighting
 from craftor.serving.routing import HELD
 from craftor.serving.service import service
 from craftor.serving.settings import Serving, load, parse
@@ -35,7 +37,7 @@ class Replica:
     def __init__(self, settings: dict[str, Any]) -> None:
         hush()
         self._open = ExitStack()
-        self._service = self._open.enter_context(service(parse(settings, "serve")))
+        self._service = self._open.enter_context(service(parse(settings, "serve"), _is_first, _tell_all_of))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_app(self._service, Everywhere(_cancel_everywhere, _look_everywhere, _metrics_everywhere))
@@ -49,8 +51,12 @@ class Replica:
         return serve.get_replica_context().replica_id.unique_id, self._service.metrics.text()
 
     def look_here(self) -> None:
-        """At the registry, now."""
+        """At the registry, now, if this is the replica that looks."""
         self._service.watcher.hint()
+
+    def hear_here(self, seen: Sighting) -> None:
+        """What it saw."""
+        self._service.watcher.hear(seen)
 
     def record_routing_stats(self) -> dict[str, list[str]]:
         """For `routing`."""
@@ -64,6 +70,18 @@ class Replica:
 
     def __del__(self) -> None:
         self._open.close()
+
+
+def _is_first() -> bool:
+    """Whether this replica looks at the registry for all; Serve keeps their ranks without gaps."""
+    rank = serve.get_replica_context().rank
+    return rank is not None and rank.rank == 0
+
+
+def _tell_all_of(seen: Sighting) -> None:
+    """From the watcher's thread. A replica that cannot be told now hears the next sighting."""
+    handle = serve.get_deployment_handle(DEPLOYMENT, APP)
+    handle.broadcast("hear_here", seen).results(timeout_s=30, return_exceptions=True)
 
 
 async def _cancel_everywhere(job: str, client: str) -> int:

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from craftor.denoise import Guided
 from craftor.diffuser import Diffuser
 from craftor.serving import buckets
 from craftor.serving.admission import Load, Rejected, admit
@@ -20,15 +21,11 @@ from craftor.serving.batch import advance, network
 from craftor.serving.control import ControlNet
 from craftor.serving.decoding import Decoder, previewer
 from craftor.serving.embeddings import Embeddings
-from craftor.serving.lanes import Lane
+from craftor.serving.lanes import Lane, Lanes, Shape
 from craftor.serving.settings import EngineSettings
 from craftor.serving.upload import encode
 from craftor.serving.work import Cancelled, EngineEnded, ImageRequest, Listener, Observer, Row, first_noise
 from craftor.solver import Schedule, begun_at, schedule
-
-Shape = tuple[int, int, int]
-Key = tuple[Shape, tuple[str, int] | None]
-"""Of a lane: the latents' shape, and what else its rows have in common."""
 
 
 class Engine:
@@ -46,19 +43,26 @@ class Engine:
         self.base, self.settings, self.observer, self.controlnet = base, settings, observer, controlnet
         self.embeddings = Embeddings(base, settings.cached_prompts)
         torch.set_num_threads(settings.threads)
-        plain = network(base, base.latent_shape)
-        tried = buckets.ladder("fast", settings.bucket or settings.max_bucket)
-        self.profile = buckets.measure(plain, base.latent_shape, base.null(), tried)
+        if base.compile:
+            torch._dynamo.config.recompile_limit = 64  # of sizes and buckets together; what is beyond runs as it is
+            base.unet.compile(dynamic=False)  # shapes are few, and `prepare` meets them all before anybody waits
+        tried = buckets.tried(settings.mode, settings.bucket, settings.max_bucket)
+        self.profile = self._measure(network(base, base.latent_shape), base.latent_shape, tried)
         self.capacity = settings.bucket or buckets.knee(self.profile, most_slots)
         self.sizes = buckets.ladder(settings.mode, self.capacity)
-        self._lanes: dict[Key, Lane] = {}
-        self._turn: list[Key] = []
+        self._lanes = Lanes(base, {size: self.profile[size] for size in self.sizes})
         self._schedules: dict[tuple[str, int], Schedule] = {}
         self._work = threading.Condition()
         self._stopping = False
         self._thread: threading.Thread | None = None
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="craftor-encoder")
         self._decoder = Decoder(base, previewer(base, self._sample_latents()), self._ended)
+
+    def prepare(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """Measure, and so compile, the calls of these heights and widths in pixels, instead of at the first request."""
+        for size in sizes:
+            lane = self._lanes.open((self._lanes.shape(size), None))
+            lane.seconds.update(self._measure(lane.unet, lane.key[0], self.sizes))
 
     # --- from any thread
 
@@ -80,10 +84,10 @@ class Engine:
             row.listener = listener
             row.deadline = None if deadline is None else row.submitted + deadline
         with self._work:
-            cost, expected = sum(row.cost for row in rows), 0.0 if deadline is None else self._done_in(rows)
+            cost, expected = sum(row.cost for row in rows), 0.0 if deadline is None else self._lanes.done_in(rows)
             admit(self.load(), cost, bound=self.settings.queue_seconds, expected=expected, deadline=deadline)
             for row in rows:
-                self._lane(row).waiting.push(row)
+                self._lanes.of(row.request).waiting.push(row)
         for row in rows:
             self._encoder.submit(self._encode, row).add_done_callback(partial(self._encoded, row))
         return rows
@@ -94,13 +98,11 @@ class Engine:
 
     def cost(self, request: ImageRequest) -> float:
         """Seconds of a full engine that a request takes: steps x slots x the time of a slot."""
-        return (request.num_steps - request.first_step) * request.slots * self._step_seconds(request) / self.capacity
+        slots = (request.num_steps - request.first_step) * request.slots
+        return slots * self._lanes.step_seconds(request) / self.capacity
 
     def load(self) -> Load:
-        """Work waiting and on its way."""
-        lanes = list(self._lanes.values())
-        running = sum(row.cost * row.remaining / row.taken for lane in lanes for row in lane.running)
-        return Load(sum(row.cost for lane in lanes for row in lane.waiting), running)
+        return self._lanes.load()
 
     def start(self) -> "Engine":
         self._thread = threading.Thread(target=self._run, name="craftor-engine", daemon=True)
@@ -152,7 +154,7 @@ class Engine:
         try:
             while True:
                 with self._work:
-                    self._work.wait_for(lambda: self._stopping or any(lane.busy for lane in self._lanes.values()))
+                    self._work.wait_for(lambda: self._stopping or any(lane.busy for lane in self._lanes))
                     if self._stopping or not self._decoder.alive:
                         return
                 self.step()
@@ -162,20 +164,18 @@ class Engine:
     def _next_lane(self) -> tuple[Lane | None, str]:
         """Clear cancelled and late rows out, then fill the lane that has waited longest."""
         now = time.monotonic()
-        for lane in self._lanes.values():
+        for lane in self._lanes:
             for row in lane.clear(now):
                 row.fail(Rejected("the deadline passed before its turn came", row.cost, "deadline"))
                 self._ended(row, "late")
-        for key in self._turn:
-            lane = self._lanes[key]
+        for lane in self._lanes:
             joined, reason = lane.fill(self.capacity)
             for row in joined:
                 row.started = time.monotonic()
                 if self.observer is not None:
                     self.observer.started(row.started - row.submitted)
             if lane.running:
-                self._turn.remove(key)
-                self._turn.append(key)
+                self._lanes.had_its_turn(lane)
                 return lane, reason
         return None, "idle"
 
@@ -212,46 +212,19 @@ class Engine:
         return len(given_up)
 
     def _abandon(self) -> None:
-        rows = [row for lane in self._lanes.values() for row in (*lane.running, *lane.waiting)]
+        rows = [row for lane in self._lanes for row in (*lane.running, *lane.waiting)]
         self._give_up(rows, EngineEnded("the engine has ended"))
 
     def _row(self, request: ImageRequest, client: str) -> Row:
         key = (request.solver, request.num_steps)
         if key not in self._schedules:
             self._schedules[key] = schedule(self.base.scheduler, *key)
-        noise = first_noise(request.seed, self._shape(request)).to(self.base.device)
+        noise = first_noise(request.seed, self._lanes.shape(request.size)).to(self.base.device)
         steps = begun_at(self._schedules[key], request.first_step)
         return Row(request, steps, noise, client, self.cost(request))
 
-    def _done_in(self, rows: Sequence[Row]) -> float:
-        """Seconds until the last of these new rows is done, after all that is ahead of them; lanes take turns."""
-        lane = self._lane(rows[0])  # a request's images are of one size and show one object
-        others = sum(bool(other.running or len(other.waiting)) for other in self._lanes.values() if other is not lane)
-        return lane.done_in(rows, self.capacity, (1 + others) * lane.seconds[self.capacity])
-
-    def _shape(self, request: ImageRequest) -> Shape:
-        if request.size is None:
-            return self.base.latent_shape
-        height, width = (side // self.base.pixels_per_latent for side in request.size)
-        return self.base.latent_shape[0], height, width
-
-    def _lane(self, row: Row) -> Lane:
-        shape = self._shape(row.request)
-        key: Key = shape, row.request.company
-        if key not in self._lanes:
-            seconds = {size: self._pixels(shape) * self.profile[size] for size in self.sizes}
-            self._lanes[key] = Lane(network(self.base, shape), seconds)
-            self._turn.append(key)
-        return self._lanes[key]
-
-    def _pixels(self, shape: Shape) -> float:
-        """Of a shape, over those of the model's own: a first guess of how much longer its steps take."""
-        return shape[1] * shape[2] / (self.base.latent_shape[1] * self.base.latent_shape[2])
-
-    def _step_seconds(self, request: ImageRequest) -> float:
-        shape = self._shape(request)
-        lane = self._lanes.get((shape, request.company))
-        return lane.seconds[self.capacity] if lane else self._pixels(shape) * self.profile[self.capacity]
+    def _measure(self, unet: Guided, shape: Shape, tried: Sequence[int]) -> dict[int, float]:
+        return buckets.measure(unet, shape, self.base.null(), tried)
 
     def _sample_latents(self) -> Tensor:
         """Two pictures of the model's own, in a few steps without guidance, for the preview to be fitted to."""

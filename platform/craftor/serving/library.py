@@ -2,13 +2,13 @@
 
 A name stands for a source: a bundle's folder, or a reference into the registry whose alias may move. `refresh` looks
 the references up again, and for encoders that are new in the registry; a version that cannot be used is refused and the
-one before stays. Rows hold the encoder they began with. Each replica polls for itself: a look-up is milliseconds, the
-weights must come to each anyway, and nothing shared can fail them all.
+one before stays. Rows hold the encoder they began with. Looking (`look`) and following what was seen (`follow`) are
+two, so that one replica can look for all (`watcher`).
 """
 
 import hashlib
-import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
@@ -23,6 +23,18 @@ CANARY = "#canary"
 Resolve = Callable[[str], Version]
 Discover = Callable[[], Mapping[str, str]]
 """Names in the registry and the references that lead to them: what is served beside what the settings name."""
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """What the registry said at a moment."""
+
+    references: Mapping[str, str] = field(default_factory=dict)
+    """By name: what is new among those that were discovered."""
+    versions: Mapping[str, Version] = field(default_factory=dict)
+    """By name: what its reference leads to."""
+    problems: Mapping[str, str] = field(default_factory=dict)
+    """By name, or `registry`: why there is no version to follow."""
 
 
 class NotServed(ValueError):
@@ -82,16 +94,36 @@ class Library:
         raise NotServed(f"no encoder {name!r} is served here; there are: {', '.join(table) or 'none'}")
 
     def refresh(self) -> None:
-        """Follow aliases that have moved. Never raises for what the registry or a bundle does; see `problems`."""
+        """Look, and follow what is seen."""
+        self.follow(self.look())
+
+    def look(self) -> Sighting:
+        """Ask the registry what each reference means now. Never raises for what it answers; see its `problems`."""
         problems: dict[str, str] = {}
-        table = dict(self._table)
+        references: dict[str, str] = {}
+        found: dict[str, Version] = {}
         try:
-            found = self._discover()
-            self.sources = self.sources | {name: found[name] for name in found if name not in self.sources}
-            for name in (name for name in self.sources if name not in self._folders):
+            references = {n: source for n, source in self._discover().items() if n not in self.sources}
+            for name, source in (self.sources | references).items():
+                if name not in self._folders:
+                    try:
+                        found[name] = self._version(name, source)
+                    except UnknownEncoder as error:
+                        problems[name] = str(error)
+        except TrackingUnreachable as error:
+            problems["registry"] = str(error)
+        return Sighting(references, found, problems)
+
+    def follow(self, seen: Sighting) -> None:
+        """Swap in what has moved. Never raises for what a bundle is; see `problems`."""
+        problems = dict(seen.problems)
+        table = dict(self._table)
+        self.sources = self.sources | dict(seen.references)
+        try:
+            for name, version in seen.versions.items():
                 try:
-                    table[name] = self._load(name, self.sources[name])
-                except (BundleError, EncoderRefused, UnknownEncoder) as error:
+                    table[name] = self._load_version(name, version)
+                except (BundleError, EncoderRefused) as error:
                     problems[name] = str(error)
         except TrackingUnreachable as error:
             problems["registry"] = str(error)
@@ -100,9 +132,14 @@ class Library:
     def _load(self, name: str, source: str) -> Encoder:
         if Path(source).is_dir():
             return load_encoder(Path(source), self.base)
+        return self._load_version(name, self._version(name, source))
+
+    def _version(self, name: str, source: str) -> Version:
         if self._resolve is None:
             raise UnknownEncoder(f"{name} = {source!r}: no such folder, and no registry is in use")
-        version = self._resolve(source)
+        return self._resolve(source)
+
+    def _load_version(self, name: str, version: Version) -> Encoder:
         before = self._table.get(name)
         if before is not None and version.uri == self._pinned[name].uri:
             self._pinned[name] = version  # its other aliases and its scores may be new
@@ -122,33 +159,3 @@ def _draw(name: str, caller: str) -> float:
     """A number in [0, 1) that follows from who asks for what."""
     digest = hashlib.blake2b(f"{name}/{caller}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
-
-
-class Watcher:
-    """A thread that refreshes a library; `hint` makes it look at once."""
-
-    def __init__(self, library: Library, seconds: float) -> None:
-        self._library, self._seconds = library, seconds
-        self._due, self._stopping = threading.Event(), False
-        self._thread = threading.Thread(target=self._run, name="craftor-watcher", daemon=True)
-        self._thread.start()
-
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
-
-    def hint(self) -> None:
-        self._due.set()
-
-    def stop(self) -> None:
-        self._stopping = True
-        self._due.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while True:
-            self._due.wait(self._seconds)
-            self._due.clear()
-            if self._stopping:
-                return
-            self._library.refresh()

@@ -125,8 +125,6 @@ def _networks(folder: Path, base: Diffuser) -> tuple[UNet2DConditionModel, Image
     kernels = set(map(type, base.unet.attn_processors.values()))
     object_adapter.install(unet, object_adapter.with_null(state), eager=kernels == {AttnProcessor})
     freeze(unet).to(base.device)
-    if base.compile:
-        unet.compile()
     return unet, images, tuned
 
 

@@ -1,6 +1,6 @@
 """What one replica consists of: the base model, the engine, the encoders, and who may ask."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +13,12 @@ from craftor.serving.engine import Engine
 from craftor.serving.gate import Gate
 from craftor.serving.interpret import Interpreter, check_sizes
 from craftor.serving.jobs import Jobs
-from craftor.serving.library import Discover, Library, Resolve, Watcher
+from craftor.serving.library import Discover, Library, Resolve, Sighting
 from craftor.serving.metrics import Metrics
 from craftor.serving.objects import ObjectEncoder, load_object_encoder
 from craftor.serving.pictures import Pictures
 from craftor.serving.settings import OBJECT_SLOTS, Serving
+from craftor.serving.watcher import Watcher
 from craftor.tracking import client
 
 
@@ -40,14 +41,19 @@ class Service:
         problems = dict(self.library.problems)
         if not self.engine.alive:
             problems["engine"] = "a thread of the engine has ended; the log says why"
-        if not self.watcher.alive:
-            problems["watcher"] = "the thread that follows the registry has ended; the log says why"
+        if self.watcher.problem is not None:
+            problems["watcher"] = self.watcher.problem
         return problems
 
 
 @contextmanager
-def service(settings: Serving) -> Iterator[Service]:
-    """Load, measure and start; stop at the end of the block. Raises what loading the base and the encoders raises."""
+def service(
+    settings: Serving, leads: Callable[[], bool] = lambda: True, tell: Callable[[Sighting], None] | None = None
+) -> Iterator[Service]:
+    """Load, measure and start; stop at the end of the block. Raises what loading the base and the encoders raises.
+
+    `leads` and `tell` are a `Watcher`'s.
+    """
     base = load(settings.model, "cuda" if settings.replicas.num_gpus else "cpu")
     check_sizes(settings, base)
     look_up, discover = _registry(settings)
@@ -58,9 +64,13 @@ def service(settings: Serving) -> Iterator[Service]:
     library = Library(base, settings.encoders, look_up, settings.canaries, discover)
     metrics = Metrics()
     controlnet = None if settings.controlnet is None else load_controlnet(settings.controlnet, base)
-    engine = Engine(base, settings.engine, metrics, controlnet, OBJECT_SLOTS if objects else 2).start()
+    engine = Engine(base, settings.engine, metrics, controlnet, OBJECT_SLOTS if objects else 2)
+    interpreter = Interpreter(settings, base, library, objects)
+    if base.compile:
+        engine.prepare(list(interpreter.sizes.values()))
+    engine.start()
     metrics.watch(engine, library, objects)
-    watcher = Watcher(library, settings.poll_seconds)
+    watcher = Watcher(library, settings.poll_seconds, leads, tell)
     pictures = Pictures(Path(settings.runs) / "served", settings.http.url_seconds)
     try:
         yield Service(
@@ -68,7 +78,7 @@ def service(settings: Serving) -> Iterator[Service]:
             engine,
             library,
             watcher,
-            Interpreter(settings, base, library, objects),
+            interpreter,
             Gate(settings.tokens),
             Jobs(engine),
             metrics,

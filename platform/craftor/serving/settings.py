@@ -170,6 +170,14 @@ class Serving(Section):
         return self
 
     @model_validator(mode="after")
+    def _compiles_one_network(self) -> "Serving":
+        # With and without residuals or an object's tokens a compiled UNet is several, whose bits need not agree.
+        for key in ("controlnet", "object_encoder"):
+            if self.model.compile and getattr(self, key) is not None:
+                raise ValueError(f"model.compile = true: not with {key}; allowed there: false")
+        return self
+
+    @model_validator(mode="after")
     def _holds_an_object(self) -> "Serving":
         engine = self.engine
         for key, size in (("bucket", engine.bucket), ("max_bucket", engine.max_bucket)):
