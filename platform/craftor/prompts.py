@@ -8,10 +8,12 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import fsspec
 import numpy as np
 import pyarrow.csv
+import pyarrow.dataset
 import pyarrow.parquet
 import ray.data
 from jaxtyping import Bool, UInt64
@@ -20,8 +22,25 @@ from transformers import CLIPTokenizer
 from craftor.locate import locate
 from craftor.recipe import Data
 
+
+def _read_parquet(path: str, **how: Any) -> ray.data.Dataset:
+    """Arrow's own read-ahead would keep all of a file that it has read until the file's end, 100 bytes a prompt.
+
+    Ray's newer reader asks for it whatever it is told, the older one heeds what it is given.
+    """
+    context = ray.data.DataContext.get_current()
+    usual, context.use_datasource_v2 = context.use_datasource_v2, False
+    by_pieces = pyarrow.dataset.ParquetFragmentScanOptions(
+        pre_buffer=False, use_buffered_stream=True, buffer_size=4 << 20
+    )
+    try:
+        return ray.data.read_parquet(path, override_num_blocks=1, fragment_scan_options=by_pieces, **how)
+    finally:
+        context.use_datasource_v2 = usual
+
+
 FORMATS: dict[str, Callable[..., ray.data.Dataset]] = {
-    ".parquet": ray.data.read_parquet,
+    ".parquet": _read_parquet,
     ".csv": ray.data.read_csv,
     ".tsv": lambda path, **kw: ray.data.read_csv(path, parse_options=pyarrow.csv.ParseOptions(delimiter="\t"), **kw),
     ".jsonl": ray.data.read_json,
@@ -31,6 +50,8 @@ FORMATS: dict[str, Callable[..., ray.data.Dataset]] = {
 TRUNCATED = "truncated"
 BLOCK_BYTES = 16 << 20
 """What a stage hands on at once: every stage has several such blocks in memory, whatever the number of prompts."""
+WAITING_BYTES = 256 << 20
+"""Of all blocks together: reading is faster than tokenising, and would go on until the object store is full."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +86,9 @@ def prepare(data: Data, tokenizers: Mapping[str, str], out: Path) -> Prepared:
     here = {"label_selector": {"ray.io/node-id": ray.get_runtime_context().get_node_id()}}
     light = {"compute": ray.data.ActorPoolStrategy(size=1), "batch_size": 4096, "num_cpus": 0, **here}
     rows = rows.map_batches(NumberAndTokenize, fn_constructor_args=(data, column, dict(tokenizers)), **light)
+    rows.context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
+        object_store_memory=WAITING_BYTES
+    )
     shutil.rmtree(out, ignore_errors=True)
     rows.write_parquet(str(out), ray_remote_args={"num_cpus": 0, **here})
     prepared = describe(out)
