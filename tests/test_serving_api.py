@@ -2,11 +2,13 @@
 
 import asyncio
 import base64
+import gc
 import hashlib
 import io
 import json
 import threading
 import time
+import weakref
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -216,6 +218,30 @@ def test_the_same_bytes_under_load(http: TestClient) -> None:
     for thread in crowd:
         thread.join()
     assert crowded == [alone] * 3
+
+
+def test_a_requests_pictures_are_gone_when_it_is_answered(
+    http: TestClient, served: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the garbage collector: thousands of requests would make it late by hundreds of megabytes."""
+    submit, rows = served.engine.submit, []
+
+    def noted(*given: object, **more: object) -> list:
+        found = submit(*given, **more)
+        rows.extend(map(weakref.ref, found))
+        return found
+
+    monkeypatch.setattr(served.engine, "submit", noted)
+    gc.collect()
+    gc.disable()
+    try:
+        ask(http, n=3, steps=2)
+        until = time.monotonic() + 10
+        while (left := sum(row() is not None for row in rows)) > 1 and time.monotonic() < until:
+            time.sleep(0.01)  # the engine's threads let go of them within a step
+    finally:
+        gc.enable()
+    assert len(rows) == 3 and left <= 1, "the decoder's thread may hold its last"
 
 
 def test_urls_lead_to_the_same_bytes_for_a_while(http: TestClient, served: Service) -> None:

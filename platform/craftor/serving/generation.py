@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 import time
+import weakref
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass, field
@@ -47,7 +48,8 @@ def submit(
     listeners = [listen(i) if request.previews else None for i, request in enumerate(requests)]
     asked.rows = engine.submit(requests, client=client, deadline=deadline, listeners=listeners)
     for row in asked.rows:
-        row.done.add_done_callback(partial(tracing.ended, row, trace))
+        # Weakly: a row whose own future holds it waits, picture and all, for the garbage collector.
+        row.done.add_done_callback(partial(tracing.ended, weakref.ref(row), trace))
     return asked
 
 

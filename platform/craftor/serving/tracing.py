@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
+from weakref import ref
 
 from opentelemetry import trace
 from opentelemetry.context import Context, get_current
@@ -25,8 +26,10 @@ def caller(headers: Mapping[str, str]) -> Context:
     return here if trace.get_current_span(here).get_span_context().is_valid else extract(headers, here)
 
 
-def ended(row: Row, context: Context, done: "Future[Any]") -> None:
+def ended(reference: "ref[Row]", context: Context, done: "Future[Any]") -> None:
     """A row's spans, when it is done, however that came."""
+    row = reference()
+    assert row is not None, "whoever ends a row holds it"
     now = time.time_ns()
     offset = now - int(time.monotonic() * 1e9)
 
