@@ -18,6 +18,7 @@ from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import ResNetConfig, ResNetForImageClassification
 
 from craftor import checkpoint, customize, job, object_adapter, object_condition, registry
 from craftor.customize import Guidance
@@ -30,6 +31,7 @@ from craftor.recipe import Recipe, RecipeError
 from craftor.registry import BundleError
 from craftor.stream import Rows
 from craftor.tasks.object_encoder import ObjectEncoderTask
+from craftor_rewards.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from encoder_bundles import new_store
 
 PROMPTS = ["a small red star", "a large blue ring", "a large star", "a small ring"]
@@ -103,6 +105,22 @@ def test_no_object_is_the_base_model_to_the_bit(tiny: Path, tmp_path: Path, toke
     mixed = _call(task.unet, text, object_adapter.zero(shown, torch.tensor([True, False, True])))
     assert (mixed[1] - base[1]).abs().max() == 0
     assert (mixed[0] - base[0]).abs().max() > 1e-3 and (mixed[2] - base[2]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_a_resnet_sees_objects_too_and_comes_back_from_a_run(tiny: Path, tmp_path: Path, tokens: Tokens) -> None:
+    torch.manual_seed(4)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic", image_size=32)
+    ResNetForImageClassification(config).save_pretrained(tmp_path / "resnet")
+    task = _task(tiny, tmp_path, tokens=tokens, unet="frozen", image_encoder=str(tmp_path / "resnet"))
+    images = torch.rand(2, 3, 40, 32, generator=torch.Generator().manual_seed(4))
+    shown = task.image_encoder(images)
+    assert shown.shape == ((2, 1, 12) if tokens == "pooled" else (2, 1, 16, 12))
+    pixels = task.image_encoder.pixels(images)
+    assert torch.allclose(pixels[0, :, 0, 0], (0.5 - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD))
+    task.save(tmp_path / "saved")
+    again = object_condition.load(tmp_path / "saved" / object_condition.FOLDER, tokens)
+    assert torch.equal(again(images), shown)
 
 
 @pytest.mark.parametrize("tokens", TOKENS)

@@ -1,16 +1,19 @@
 """Objects with an identity: their numbers, views, masks and captions, and the scorer that tells them apart."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from craftor import object_condition
 from craftor_micro.captions import vocabulary
 from craftor_micro.identity import IdentityScorer
 from craftor_micro.identity_training import draw_identities
-from craftor_micro.object_pairs import CHUNK, EncodeObjects, alternating
+from craftor_micro.object_pairs import CHUNK, UNSAID, EncodeObjects, alternating
 from craftor_micro.object_render import Rendered, cut_out, render_views
+from craftor_micro.object_stages import make_plain_cnn
 from craftor_micro.objects import (
     HELD_OUT_IDENTITIES,
     NUM_IDENTITIES,
@@ -136,6 +139,28 @@ def test_pairs_hold_another_view_of_the_target_in_a_fixed_pattern() -> None:
     itself = EncodeObjects(f"{WEIGHTS}/base", seed=3, domain_share=0.5, self_pairs=True)({"id": 2})[1::2]
     for pair, self_pair in zip(domain, itself, strict=True):
         assert (pair["latents"] == self_pair["latents"]).all() and (pair["reference"] != self_pair["reference"]).any()
+
+
+def test_captions_may_be_left_out() -> None:
+    said, silent = (
+        EncodeObjects(f"{WEIGHTS}/base", seed=3, domain_share=0.5, self_pairs=False, described=described)({"id": 2})
+        for described in (True, False)
+    )
+    for with_words, without in zip(said, silent, strict=True):
+        assert (with_words["latents"] == without["latents"]).all()
+        assert without["prompt"] == (UNSAID if without["domain"] else with_words["prompt"])
+
+
+def test_a_plain_classifier_learns_and_is_saved_as_an_image_encoder(tmp_path: Path) -> None:
+    make_plain_cnn(tmp_path / "cnn", steps=40, renders=400, seed=3)
+    scores = json.loads((tmp_path / "cnn" / "scores.json").read_text())["scores"]
+    assert scores["background"] > 1.5 / len(BACKGROUNDS), "better than guessing"
+    encoder = object_condition.load(tmp_path / "cnn", "patches")
+    clip = object_condition.load("micro:reward_clip", "patches")
+    assert (encoder.size, encoder.width) == (clip.size, clip.width) == (64, 96)
+    assert encoder(torch.rand(2, 3, 64, 64)).shape == (2, 1, 64, 96)
+    weights = [sum(p.numel() for p in one.model.parameters()) for one in (encoder, clip)]
+    assert abs(weights[0] / weights[1] - 1) < 0.02
 
 
 def test_patterns_are_even() -> None:

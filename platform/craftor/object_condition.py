@@ -1,4 +1,4 @@
-"""An object's pictures -> what its cross-attention reads, by a frozen CLIP image encoder.
+"""An object's pictures -> what its cross-attention reads, by a frozen image encoder: a CLIP's, or a plain ResNet.
 
 The object is cut out by its mask and put on a fill, so that what the encoder sees of it carries no background.
 """
@@ -10,32 +10,36 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from transformers import CLIPVisionModelWithProjection
+from transformers import AutoConfig, CLIPVisionModelWithProjection, PreTrainedModel, ResNetModel
 from transformers.utils import logging
 
 from craftor.diffuser import freeze
 from craftor.locate import locate
 from craftor.object_adapter import Tokens
-from craftor_rewards.preprocess import preprocess
+from craftor_rewards.preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, preprocess
 
 FOLDER = "image_encoder"
 NEUTRAL = 0.5
+FAMILIES: dict[str, type[PreTrainedModel]] = {"resnet": ResNetModel}
+"""By `model_type`; every other is read as a CLIP."""
 
 
 @dataclass(frozen=True)
 class ImageEncoder:
-    """A frozen `CLIPVisionModelWithProjection`, read at its pooled embedding or at its penultimate layer's tokens."""
+    """Frozen; a CLIP is read at its pooled embedding or its penultimate layer's tokens, a ResNet at its last cells."""
 
-    model: CLIPVisionModelWithProjection
+    model: CLIPVisionModelWithProjection | ResNetModel
     tokens: Tokens
 
     @property
     def size(self) -> int:
-        """Width and height in pixels of what it sees."""
-        return self.model.config.image_size
+        """Width and height in pixels of what it sees; a ResNet's is 224 where its configuration does not say."""
+        return getattr(self.model.config, "image_size", 224)
 
     @property
     def width(self) -> int:
+        if isinstance(self.model, ResNetModel):
+            return self.model.config.hidden_sizes[-1]
         return self.model.config.projection_dim if self.tokens == "pooled" else self.model.config.hidden_size
 
     def __call__(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b 1 *tokens d"]:
@@ -51,30 +55,38 @@ class ImageEncoder:
         gap_x, gap_y = max(0, height - width), max(0, width - height)
         bars = (gap_x // 2, gap_x - gap_x // 2, gap_y // 2, gap_y - gap_y // 2)
         square = F.pad(images.float(), bars, value=NEUTRAL)
-        return preprocess(square, self.size)
+        plain = isinstance(self.model, ResNetModel)
+        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if plain else (CLIP_MEAN, CLIP_STD)
+        return preprocess(square, self.size, mean=mean, std=std)
 
     @torch.no_grad()
     def see(self, pixels: Float[Tensor, "b 3 size size"]) -> Float[Tensor, "b 1 *tokens d"]:
         pixels = pixels.to(self.model.device)
+        if isinstance(self.model, ResNetModel):
+            found = self.model(pixels)
+            cells = found.pooler_output if self.tokens == "pooled" else found.last_hidden_state
+            return cells.flatten(2).mT[:, None] if self.tokens == "patches" else cells.flatten(1)[:, None]
         if self.tokens == "pooled":
             return self.model(pixel_values=pixels).image_embeds[:, None]
         return self.model(pixel_values=pixels, output_hidden_states=True).hidden_states[-2][:, None]
 
 
 def load(path: str | Path, tokens: Tokens, device: torch.device | str = "cpu") -> ImageEncoder:
-    """From a folder, a hub id or `micro:NAME` with a CLIP: its vision tower is read, a text tower left aside.
+    """From a folder, a hub id or `micro:NAME` with a CLIP or a ResNet; of what else is there only this is read.
 
     Raises ValueError where it is none.
     """
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # a whole CLIP has a text tower too, of which every tensor would be reported
     try:
-        model, report = CLIPVisionModelWithProjection.from_pretrained(
-            locate(str(path)), dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        folder = locate(str(path))
+        family = FAMILIES.get(AutoConfig.from_pretrained(folder).model_type, CLIPVisionModelWithProjection)
+        model, report = family.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
     except OSError as error:
         raise ValueError(
-            f"image encoder {str(path)!r}: no CLIP there and none in the local hub cache ({error})"
+            f"image encoder {str(path)!r}: no CLIP and no ResNet there and none in the local hub cache ({error})"
         ) from None
     finally:
         logging.set_verbosity(level)

@@ -39,9 +39,9 @@ class ObjectEncoder(Section):
     domain: str = ""
     """What kind of objects it learns, in your words ("dogs"): a label, in its registered versions."""
     image_encoder: str
-    """A frozen CLIP: a folder, a hub id, or `micro:NAME`."""
+    """A frozen CLIP, or a ResNet: a folder, a hub id, or `micro:NAME`."""
     tokens: Literal["pooled", "patches"] = "patches"
-    """What is read of it: the image embedding (4 tokens), or each patch (one token each)."""
+    """What is read of it: the image embedding (4 tokens), or each patch or last cell (one token each)."""
     unet: Part | Literal["frozen"] = Part()
     """How the UNet trains beside the new cross-attention: whole, by LoRA, or not at all."""
     adapter: str | None = None

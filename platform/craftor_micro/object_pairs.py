@@ -29,17 +29,19 @@ from craftor_micro.world import sample_scenes
 CHUNK = 240
 """Rows made at once: a multiple of all small batch sizes."""
 TWO_OBJECTS = 0.2
+UNSAID = "an object"
 
 
 class EncodeObjects:
     """Chunk number -> its rows; everything in a chunk follows from (seed, chunk number).
 
     With `self_pairs` the reference is the target itself, cut out: the copying that other views are there to prevent.
+    Without `described` the captions of objects' scenes say nothing: `UNSAID` stands for each.
     """
 
-    def __init__(self, pipeline: str, seed: int, domain_share: float, self_pairs: bool) -> None:
+    def __init__(self, pipeline: str, seed: int, domain_share: float, self_pairs: bool, described: bool = True) -> None:
         torch.set_num_threads(1)
-        self.seed, self.self_pairs = seed, self_pairs
+        self.seed, self.self_pairs, self.described = seed, self_pairs, described
         self.domain = alternating(CHUNK, domain_share)
         self.tokenizer = CLIPTokenizer.from_pretrained(f"{pipeline}/tokenizer")
         self.vae = AutoencoderTiny.from_pretrained(f"{pipeline}/vae", dtype=torch.float32).eval()
@@ -88,7 +90,7 @@ class EncodeObjects:
             target.images,
             target.masks,
             cut_out(shown, fill),
-            scene_captions(views, seed),
+            scene_captions(views, seed) if self.described else [UNSAID] * num,
         )
 
 
@@ -108,6 +110,7 @@ def write_object_pairs(
     seed: int,
     domain_share: float = 0.5,
     self_pairs: bool = False,
+    described: bool = True,
     num_workers: int = 2,
 ) -> None:
     """Write `num` rows (a multiple of 240) in order of their index."""
@@ -118,7 +121,7 @@ def write_object_pairs(
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     rows = ray.data.range(num // CHUNK, override_num_blocks=max(1, num // CHUNK // 10)).flat_map(
         EncodeObjects,
-        fn_constructor_args=(str(pipeline.resolve()), seed, domain_share, self_pairs),
+        fn_constructor_args=(str(pipeline.resolve()), seed, domain_share, self_pairs, described),
         compute=ray.data.ActorPoolStrategy(size=num_workers),
     )
     rows.write_parquet(str(out))

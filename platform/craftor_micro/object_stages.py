@@ -9,6 +9,9 @@ import typer
 from craftor_micro.identity import IdentityScorer
 from craftor_micro.identity_training import render_object_pool, score_identity_scorer, train_identity_scorer
 from craftor_micro.object_pairs import write_object_pairs
+from craftor_micro.plain_cnn import PlainCnn
+from craftor_micro.pool import render_pool
+from craftor_micro.referee_training import train_referee
 from craftor_micro.stages import PARTS, WEIGHTS, Out, Renders, Seed, Steps, begin, finish
 
 app = typer.Typer()
@@ -32,12 +35,25 @@ def make_identity_scorer(
     finish(out, seed, started, scores, continued=before)
 
 
+@app.command("plain-cnn")
+def make_plain_cnn(
+    out: Out = PARTS / "plain_cnn", steps: Steps = 3000, renders: Renders = 50_000, seed: Seed = 15_001
+) -> None:
+    """A convolutional classifier of scenes: an image encoder to compare the CLIP's with, not shipped."""
+    started = begin(seed)
+    classifier = PlainCnn()
+    train_referee(classifier, render_pool(renders, seed=seed, two_objects=0.5), num_steps=steps, seed=seed + 1)
+    classifier.eval().resnet.save_pretrained(out)
+    finish(out, seed, started, classifier.scores(render_pool(1000, seed=seed + 2, held_out=True)))
+
+
 @app.command("object-pairs")
 def make_object_pairs(
     out: Out = PARTS / "object_pairs",
     num: int = 48_000,
     domain_share: Annotated[float, typer.Option(help="Share of rows with an object.")] = 0.5,
     self_pairs: Annotated[bool, typer.Option(help="The reference is the target itself.")] = False,
+    described: Annotated[bool, typer.Option(help="Captions say what is around an object.")] = True,
     workers: Annotated[int, typer.Option(help="Rendering processes.")] = 2,
     seed: Seed = 1,
 ) -> None:
@@ -49,5 +65,6 @@ def make_object_pairs(
         seed=seed,
         domain_share=domain_share,
         self_pairs=self_pairs,
+        described=described,
         num_workers=workers,
     )

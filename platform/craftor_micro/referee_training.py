@@ -5,7 +5,7 @@ import time
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from craftor_micro.augment import augment
 from craftor_micro.captions import describe
@@ -16,9 +16,12 @@ SECOND_OBJECT_HEADS = ("shape1", "colour1", "size1", "relation")
 
 
 def train_referee(
-    referee: Referee, pool: Pool, *, num_steps: int, batch_size: int = 64, lr: float = 4e-3, seed: int = 0
+    referee: nn.Module, pool: Pool, *, num_steps: int, batch_size: int = 64, lr: float = 4e-3, seed: int = 0
 ) -> dict[str, float]:
-    """Cross-entropy of every head that applies plus squared error of the quality factors; one-cycle learning rate."""
+    """A `Referee`, or what else has its heads; one-cycle learning rate.
+
+    The loss is the cross-entropy of every head that applies plus the squared error of the quality factors.
+    """
     generator = torch.Generator().manual_seed(seed)
     labels = targets(pool.scenes)
     referee.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
@@ -37,7 +40,7 @@ def train_referee(
         optimizer.step()
         schedule.step()
         if step % 250 == 249:
-            print(f"referee step {step + 1}/{num_steps} loss {loss:.3f} {time.time() - started:.0f} s", flush=True)
+            print(f"step {step + 1}/{num_steps} loss {loss:.3f} {time.time() - started:.0f} s", flush=True)
     referee.eval()
     return {"seconds": time.time() - started}
 

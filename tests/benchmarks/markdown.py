@@ -193,11 +193,11 @@ FIGURES: dict[str, dict[str, tuple[str, str, str]]] = {
         "overload_p95_ratio": ("95th percentile at 3 × saturation over that at 0.8", ".2f", "≤ 2"),
         "overload_5xx": ("server errors under overload", ".0f", "0"),
         "overload_rss_growth_first": (
-            "growth of memory in the first of it, which fills what the allocator keeps",
+            "growth of memory in a first overload",
             ".3f",
             "",
         ),
-        "overload_rss_growth": ("growth of memory in the second", ".3f", "≤ 0.05"),
+        "overload_rss_growth": ("growth of memory in a second", ".3f", "≤ 0.05"),
         "soak_5xx": ("server errors in 10 minutes at 0.8", ".0f", "0"),
         "soak_rss_growth": ("growth of memory in them", ".3f", "≤ 0.05"),
         "promotion_failures": ("requests failed by promotions under load", ".0f", "0"),

@@ -1,6 +1,7 @@
 """An object encoder on held-out identities -> `runs/bench/object.json`: the steady gauges, and what it draws.
 
-`python -m benchmarks.object RUN [--self-pairs RUN] [--adapter-only RUN] [--fitted N]`. Losses are on fixed noise.
+`python -m benchmarks.object RUN [--self-pairs RUN] [--adapter-only RUN] [--plain-cnn RUN] [--no-captions RUN]`.
+Losses are on fixed noise.
 Pictures are compared on the same references, prompts and noise: of the encoder, of the same model with the object off
 (`text_only`), of other runs, and of Textual Inversion and DreamBooth, which are fitted to `N` objects each.
 """
@@ -43,6 +44,8 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--self-pairs", type=Path, help="A run on pairs whose reference is the target.")
     parser.add_argument("--adapter-only", type=Path, help='A run with task.unet = "frozen".')
+    parser.add_argument("--plain-cnn", type=Path, help="A run whose image encoder is a plain convolutional classifier.")
+    parser.add_argument("--no-captions", type=Path, help="A run on pairs whose captions say nothing.")
     parser.add_argument("--gauged", type=int, default=256, help="Held-out pictures for the losses.")
     parser.add_argument("--drawn", type=int, default=100, help="Held-out identities, each drawn into one scene.")
     parser.add_argument("--fitted", type=int, default=10, help="Of them Textual Inversion and DreamBooth learn; or 0.")
@@ -52,7 +55,13 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     started = time.perf_counter()
-    runs = {"": arguments.run, "_no_cross_reference": arguments.self_pairs, "_adapter_only": arguments.adapter_only}
+    runs = {
+        "": arguments.run,
+        "_no_cross_reference": arguments.self_pairs,
+        "_adapter_only": arguments.adapter_only,
+        "_plain_cnn": arguments.plain_cnn,
+        "_no_captions": arguments.no_captions,
+    }
     customizers = {name: load(run) for name, run in runs.items() if run is not None}
     guidance = Guidance(20, arguments.text_weight, arguments.object_weight)
     figures, details = gauges(customizers, held_out_pictures(arguments.gauged))
@@ -230,6 +239,8 @@ CLAIMED = (
     ("one pass beats DreamBooth", "_dreambooth", ("identity", "prompt")),
     ("cross-reference beats self-pairs", "_no_cross_reference", ("identity", "prompt")),
     ("the whole network beats the adapter alone", "_adapter_only", ("identity", "prompt")),
+    ("a CLIP beats a plain convolutional classifier", "_plain_cnn", ("identity", "prompt")),
+    ("captions of the scene beat none", "_no_captions", ("identity", "prompt")),
 )
 
 

@@ -58,7 +58,7 @@ def over_http(
         again, twice = drive(3.0, 4, seconds), serving_http.resident_mib(process)
         figures["overload_p95_ratio"] = crowd.p95 / calm.p95
         figures["overload_5xx"] = crowd.failures + again.failures
-        # The first fills what the allocator keeps; a leak would go on.
+        # What a first fills once, a second does not fill again; a leak would go on.
         figures["overload_rss_growth_first"] = once / before - 1
         figures["overload_rss_growth"] = twice / once - 1
         details["overload"] = {
