@@ -48,10 +48,13 @@ FORMATS: dict[str, Callable[..., ray.data.Dataset]] = {
 }
 
 TRUNCATED = "truncated"
-BLOCK_BYTES = 16 << 20
+BLOCK_BYTES = 2 << 20
 """What a stage hands on at once: every stage has several such blocks in memory, whatever the number of prompts."""
-WAITING_BYTES = 256 << 20
+WAITING_BYTES = 128 << 20
 """Of all blocks together: reading is faster than tokenising, and would go on until the object store is full."""
+RELEASE_SECONDS = 5.0
+"""Between two blocks that are read beyond that all the same, lest all wait for each other; Ray would read on."""
+FILE_ROWS = 50_000
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,9 @@ def prepare(data: Data, tokenizers: Mapping[str, str], out: Path) -> Prepared:
     rows.context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
         object_store_memory=WAITING_BYTES
     )
+    rows.context.output_backpressure_guard_release_interval_s = RELEASE_SECONDS
     shutil.rmtree(out, ignore_errors=True)
-    rows.write_parquet(str(out), ray_remote_args={"num_cpus": 0, **here})
+    rows.write_parquet(str(out), min_rows_per_file=FILE_ROWS, ray_remote_args={"num_cpus": 0, **here})
     prepared = describe(out)
     if prepared.num_rows == 0:
         raise ValueError(f"data.path = {data.path}: no prompt left after filtering by length and duplicates")

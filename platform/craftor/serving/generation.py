@@ -58,6 +58,8 @@ def describe(engine: Engine, model: str, row: Row) -> dict[str, Any]:
     settings = engine.settings
     own: dict[str, Any] = {"mode": settings.mode, "bucket": engine.capacity, "threads": settings.threads}
     own["precision"] = str(engine.base.precision).removeprefix("torch.")
+    if engine.base.compile:
+        own["compiled"] = True
     if row.request.control is not None and engine.controlnet is not None:
         own["controlnet"] = engine.controlnet.sha256
     return record(row, model, own)
