@@ -84,9 +84,12 @@ bench-serve: .venv/.dev
 # Of a run of recipes/micro_object_encoder.toml, and of one like it whose references are their own targets:
 # craftor_micro.build object-pairs --self-pairs --seed 2 --out runs/micro/self_pairs, then
 # craftor train recipes/micro_object_encoder.toml --out runs/micro-object-self --set data.path=runs/micro/self_pairs
+# Others may be compared too, by OBJECT_RUNS="--adapter-only RUN --plain-cnn RUN --no-captions RUN": of runs with --set task.unet='"frozen"', with
+# craftor_micro.build plain-cnn and --set task.image_encoder=runs/micro/plain_cnn, and on pairs of craftor_micro.build object-pairs --no-described.
+OBJECT_RUNS ?=
 .PHONY: bench-object
 bench-object: .venv/.dev
-	PYTHONPATH=tests $(BIN)/python -W ignore -m benchmarks.object runs/micro-object-encoder --self-pairs runs/micro-object-self
+	PYTHONPATH=tests $(BIN)/python -W ignore -m benchmarks.object runs/micro-object-encoder --self-pairs runs/micro-object-self $(OBJECT_RUNS)
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.markdown object
 
 clean:

@@ -1,5 +1,5 @@
-"""On Ray Serve: the same bytes from any replica, jobs cancelled wherever they are, promotions everywhere, and a killed
-replica comes back.
+"""On Ray Serve: the same bytes from any replica, jobs cancelled wherever they are, promotions everywhere, a killed
+replica comes back, and an end that drops nobody.
 """
 
 import asyncio
@@ -191,7 +191,9 @@ def served_styles(url: str) -> set[str]:
 
 
 @pytest.mark.ray
-def test_replicas_agree_cancel_follow_and_come_back(url: str, folder: Path) -> None:
+def test_replicas_agree_cancel_follow_come_back_and_end(url: str, folder: Path) -> None:
+    from craftor.serving.deployment import stop
+
     body = {"seed": 1, "steps": 4, "mix": {"tuned": 0.5}}
     answers = [ask(url, **body).json()["data"] for _ in range(6)]
     assert len(answers[0]) == 1 and all(answer == answers[0] for answer in answers)
@@ -226,3 +228,11 @@ def test_replicas_agree_cancel_follow_and_come_back(url: str, folder: Path) -> N
         time.sleep(0.5)
     assert ask(url, **body).json()["data"] == answers[0]
     assert len(replicas()) == 2 and time.monotonic() - began < 60
+
+    last: list[httpx.Response] = []
+    waiting = threading.Thread(target=lambda: last.append(ask(url, steps=1000, n=2)))
+    waiting.start()
+    time.sleep(0.5)
+    stop()
+    waiting.join()
+    assert last[0].status_code == 200, "who has been let in is answered"

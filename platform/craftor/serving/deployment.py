@@ -146,6 +146,13 @@ def start(settings: Serving) -> None:
     serve.run(application(settings), name=APP, route_prefix="/")
 
 
+def stop() -> None:
+    """Let nobody in any more, answer who is, and end. A second interruption does not wait."""
+    with suppress(KeyboardInterrupt):
+        serve.delete(APP)  # waits for requests as long as the deployment's `graceful_shutdown_timeout_s`
+    serve.shutdown()
+
+
 def serve_for_ever(settings: Serving) -> None:
     """What `craftor serve` does: a local Ray, or that of `RAY_ADDRESS`, until interrupted or told to end (SIGTERM)."""
     with ray_session(num_workers=int(settings.replicas.max * settings.replicas.num_cpus)):
@@ -159,7 +166,7 @@ def serve_for_ever(settings: Serving) -> None:
         signal.signal(signal.SIGTERM, lambda *_: told.set())
         with suppress(KeyboardInterrupt):
             told.wait()
-        serve.shutdown()
+        stop()
 
 
 def _absolute(settings: Serving) -> Serving:
