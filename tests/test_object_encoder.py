@@ -318,7 +318,7 @@ def test_adapters_of_other_architectures_and_other_files_are_refused(tiny: Path,
         object_adapter.read(tmp_path / "lora.safetensors")
     with pytest.raises(ValueError, match="allowed: a .safetensors file"):
         object_adapter.read(tmp_path / "ip-adapter_sd15.bin")
-    with pytest.raises(ValueError, match="no CLIP there"):
+    with pytest.raises(ValueError, match="no CLIP and no ResNet there"):
         object_condition.load(tmp_path, "pooled")
 
 

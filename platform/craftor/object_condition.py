@@ -84,7 +84,7 @@ def load(path: str | Path, tokens: Tokens, device: torch.device | str = "cpu") -
         model, report = family.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"image encoder {str(path)!r}: no CLIP and no ResNet there and none in the local hub cache ({error})"
         ) from None
