@@ -193,7 +193,8 @@ def lines_written(out: Path) -> list[str]:
     return (out / METRICS).read_text().splitlines()
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 240) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 600) -> None:
+    """Long: beside other lanes of tests a process may take minutes to start."""
     started = time.monotonic()
     while not condition():
         assert process.poll() is None, f"the run ended by itself with {process.returncode}"
