@@ -64,8 +64,9 @@ class ImageEncoder:
         pixels = pixels.to(self.model.device)
         if isinstance(self.model, ResNetModel):
             found = self.model(pixels)
-            cells = found.pooler_output if self.tokens == "pooled" else found.last_hidden_state
-            return cells.flatten(2).mT[:, None] if self.tokens == "patches" else cells.flatten(1)[:, None]
+            if self.tokens == "pooled":
+                return found.pooler_output.flatten(1)[:, None]
+            return found.last_hidden_state.flatten(2).mT[:, None]
         if self.tokens == "pooled":
             return self.model(pixel_values=pixels).image_embeds[:, None]
         return self.model(pixel_values=pixels, output_hidden_states=True).hidden_states[-2][:, None]

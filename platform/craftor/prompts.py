@@ -26,7 +26,8 @@ from craftor.recipe import Data
 def _read_parquet(path: str, **how: Any) -> ray.data.Dataset:
     """Arrow's own read-ahead would keep all of a file that it has read until the file's end, 100 bytes a prompt.
 
-    Ray's newer reader asks for it whatever it is told, the older one heeds what it is given.
+    Ray's newer reader asks for it whatever it is told, the older one heeds what it is given; it would cut blocks
+    up for parallel work, and there is one tokeniser.
     """
     context = ray.data.DataContext.get_current()
     usual, context.use_datasource_v2 = context.use_datasource_v2, False
@@ -55,6 +56,7 @@ WAITING_BYTES = 128 << 20
 RELEASE_SECONDS = 5.0
 """Between two blocks that are read beyond that all the same, lest all wait for each other; Ray would read on."""
 FILE_ROWS = 50_000
+"""Of a file that is written, at least: blocks are smaller, and each would be a file."""
 
 
 @dataclass(frozen=True)

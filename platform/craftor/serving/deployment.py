@@ -15,8 +15,10 @@ from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
+from ray.serve.exceptions import RayServeException
 
 from craftor.cluster import ray_session
 from craftor.quiet import hush
@@ -79,9 +81,10 @@ def _is_first() -> bool:
 
 
 def _tell_all_of(seen: Sighting) -> None:
-    """From the watcher's thread. A replica that cannot be told now hears the next sighting."""
-    handle = serve.get_deployment_handle(DEPLOYMENT, APP)
-    handle.broadcast("hear_here", seen).results(timeout_s=30, return_exceptions=True)
+    """From the watcher's thread, which must outlive Serve's controller. Who cannot be told now hears the next one."""
+    with suppress(RayError, RayServeException, TimeoutError):
+        handle = serve.get_deployment_handle(DEPLOYMENT, APP)
+        handle.broadcast("hear_here", seen).results(timeout_s=30, return_exceptions=True)
 
 
 async def _cancel_everywhere(job: str, client: str) -> int:

@@ -8,7 +8,7 @@ two, so that one replica can look for all (`watcher`).
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
@@ -29,11 +29,11 @@ Discover = Callable[[], Mapping[str, str]]
 class Sighting:
     """What the registry said at a moment."""
 
-    references: Mapping[str, str] = field(default_factory=dict)
+    references: Mapping[str, str]
     """By name: what is new among those that were discovered."""
-    versions: Mapping[str, Version] = field(default_factory=dict)
+    versions: Mapping[str, Version]
     """By name: what its reference leads to."""
-    problems: Mapping[str, str] = field(default_factory=dict)
+    problems: Mapping[str, str]
     """By name, or `registry`: why there is no version to follow."""
 
 
