@@ -6,16 +6,17 @@ import io
 import json
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import hypothesis
+import numpy as np
 import openai
 import pytest
 import schemathesis
 from fastapi.testclient import TestClient
-from PIL import Image
+from PIL import Image, ImageOps
 
 from craftor import registry
 from craftor.diffuser import load
@@ -24,6 +25,7 @@ from craftor.serving.api import build_app
 from craftor.serving.gate import Gate
 from craftor.serving.service import Service, service
 from craftor.serving.settings import Serving, Token
+from craftor.serving.shelf import Shelf
 from encoder_bundles import new_store
 from serving_parts import listening, write_object_bundle, write_tuned_bundle
 
@@ -89,9 +91,12 @@ def http(served: Service) -> Iterator[TestClient]:
         yield client
 
 
-def ask(http: TestClient, *images: bytes, mask: bytes | None = None, **fields: object) -> dict:
+def ask(
+    http: TestClient, *images: bytes, mask: bytes | None = None, regions: Sequence[bytes] = (), **fields: object
+) -> dict:
     files = [("image", ("object", image)) for image in images or (BARS,)]
     files += [] if mask is None else [("mask", ("mask", mask))]
+    files += [("region", ("region", region)) for region in regions]
     answer = http.post(PATH, files=files, data={"prompt": PROMPT, "seed": "1", **fields})
     assert answer.status_code == 200, answer.text
     return answer.json()
@@ -146,6 +151,7 @@ def test_a_picture_tells_which_object_it_shows_and_by_which_encoder(http: TestCl
             {
                 "sha256": hashlib.sha256(BARS).hexdigest(),
                 "mask_sha256": hashlib.sha256(packed(left_half())).hexdigest(),
+                "region_sha256": None,
             }
         ],
         "weight": 3.0,
@@ -171,6 +177,22 @@ def test_what_is_transparent_is_not_part_of_the_object(http: TestClient) -> None
     assert by_alpha == pixels(ask(http, mask=packed(left_half()))) == pixels(ask(http, mask=packed(cut())))
     assert by_alpha == pixels(ask(http, mask=packed(left_half().convert("RGBA"))))
     assert whole == pixels(ask(http, packed(cut()), mask=packed(Image.new("L", (40, 30), 255))))
+
+
+def test_regions_say_where_each_of_several_objects_may_be(http: TestClient) -> None:
+    other = packed(bars().transpose(Image.Transpose.ROTATE_180))
+    left, right = packed(left_half((64, 64))), packed(ImageOps.invert(left_half((64, 64))))
+    everywhere = packed(Image.new("L", (8, 8), 255))
+    placed = ask(http, BARS, other, regions=[left, right])
+    assert pixels(placed) != pixels(ask(http, BARS, other))
+    assert pixels(placed) == pixels(ask(http, other, BARS, regions=[right, left]))
+    assert pixels(placed) != pixels(ask(http, BARS, other, regions=[right, left]))
+    assert pixels(placed) == pixels(ask(http, BARS, other, regions=[packed(left_half((8, 20))), right])), "of any size"
+    found = placed["data"][0]["provenance"]["object"]["images"]
+    assert [one["region_sha256"] for one in found] == [hashlib.sha256(one).hexdigest() for one in (left, right)]
+    whole = np.frombuffer(pixels(ask(http))[0], dtype=np.uint8).astype(int)
+    same = np.frombuffer(pixels(ask(http, regions=[everywhere]))[0], dtype=np.uint8)
+    assert abs(whole - same).max() <= 1, "a region of everywhere is none"
 
 
 def test_a_camera_s_rotation_and_inks_are_what_they_mean(http: TestClient) -> None:
@@ -288,7 +310,11 @@ def test_what_is_no_form_with_an_object(http: TestClient) -> None:
     ):
         answer = http.post(PATH, content=content, headers={"Content-Type": kind})
         assert answer.status_code == 400 and message in answer.json()["error"]["message"], answer.text
+    black = packed(Image.new("L", (8, 8)))
     for files, message in (
+        ([("image", ("x", BARS)), ("region", ("r", BARS)), ("region", ("r", BARS))], "region: 2 for 1 images, allowed"),
+        ([("image", ("x", BARS)), ("region", ("r", black))], "region: black everywhere"),
+        ([*[("image", ("x", BARS))] * 2, *[("region[]", ("r", b"x"))] * 2], "region.0: not a picture"),
         ([("image", ("x", BARS)), ("other", ("y", b"y"))], "other: not supported here"),
         ([("image", ("x", BARS)), ("seed", ("y", b"1"))], "seed: a file, allowed: text"),
         ([("image", ("x", BARS)), *[("mask", ("m", BARS))] * 2], "2 masks, allowed: one"),
@@ -323,7 +349,7 @@ def test_it_is_listed_and_documented(http: TestClient, served: Service) -> None:
     (model,) = http.get("/v1/models").json()["data"]
     entry = model["object_encoder"]
     assert (entry["id"], entry["domain"], entry["tokens"]) == ("pooled-objects", "toys", "pooled")
-    assert entry["sha256"] == served.objects.sha256
+    assert entry["sha256"] == served.object_encoder.sha256
     document = http.get("/openapi.json").json()
     content = document["paths"][PATH]["post"]["requestBody"]["content"]["multipart/form-data"]
     assert content["schema"]["required"] == ["image", "prompt"]
@@ -346,7 +372,8 @@ def test_whatever_the_document_allows_is_answered(served: Service) -> None:
 
 
 def test_without_an_object_encoder_it_says_how_to_have_one(served: Service) -> None:
-    with TestClient(build_app(replace(served, objects=None))) as bare:
+    none: Shelf = Shelf(Path, {}, None)
+    with TestClient(build_app(replace(served, objects=none))) as bare:
         answer = bare.post(PATH, files={"image": ("x", BARS)}, data={"prompt": PROMPT})
         error = answer.json()["error"]
         assert answer.status_code == 404 and error["code"] == "object_encoder_not_found"
@@ -354,9 +381,9 @@ def test_without_an_object_encoder_it_says_how_to_have_one(served: Service) -> N
 
 
 def test_it_is_served_by_its_name_in_the_registry(
-    settings: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Serving, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And is no text encoder that is to be mixed, though it has the alias of those that are."""
+    """And followed there; it is no text encoder that is to be mixed, though it has the alias of those that are."""
     monkeypatch.setenv("CRAFTOR_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     connected = new_store(tmp_path / "runs")
@@ -371,3 +398,15 @@ def test_it_is_served_by_its_name_in_the_registry(
         described = ask(http, steps="1")["data"][0]["provenance"]["object"]
         assert (described["uri"], described["version"]) == ("models:/toys/1", "1")
         assert http.get("/readyz").json()["problems"] == {} and http.get("/v1/encoders").json()["data"] == []
+
+        registry.add(connected, write_tuned_bundle(tiny, load(one.settings.model), tmp_path, 1), "toys", ["champion"])
+        one.objects.refresh()
+        assert "a text encoder" in http.get("/readyz").json()["problems"]["object_encoder"]
+        assert "craftor_encoder_problems 1.0" in http.get("/metrics").text
+        before = pixels(ask(http, steps="1"))
+
+        registry.add(connected, write_object_bundle(tiny, tmp_path / "new", unet={}), "toys", ["champion"])
+        one.objects.refresh()
+        assert http.get("/readyz").json()["problems"] == {}
+        assert http.get("/v1/models").json()["data"][0]["object_encoder"]["version"] == "3"
+        assert pixels(ask(http, steps="1")) != before

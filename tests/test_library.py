@@ -10,9 +10,9 @@ from craftor.encoders import Encoder, EncoderRefused, UnknownEncoder, Version, l
 from craftor.recipe import Model
 from craftor.serving import library as module
 from craftor.serving.engine import Engine
-from craftor.serving.library import Library, NotServed, Sighting
+from craftor.serving.library import Library, NotServed
 from craftor.serving.settings import Canary, EngineSettings
-from craftor.serving.watcher import Watcher
+from craftor.serving.watcher import Seen, Watcher
 from craftor.serving.work import ImageRequest, Share
 from craftor.tracking import TrackingUnreachable
 from serving_parts import drain, encoded, write_tuned_bundle
@@ -140,7 +140,7 @@ def wait_for(version: str, *libraries: Library) -> None:
 
 def test_the_watcher_looks_at_once_when_hinted(registry: Registry, base: Diffuser) -> None:
     library = Library(base, {"style": "style@champion"}, registry.resolve)
-    watcher = Watcher(library, seconds=3600)
+    watcher = Watcher([library], seconds=3600)
     registry.champion = "2"
     watcher.hint()
     wait_for("2", library)
@@ -154,11 +154,11 @@ def test_one_replica_looks_for_all_and_another_where_it_ends(registry: Registry,
     watchers: list[Watcher] = []
     first = 0
 
-    def tell(seen: Sighting) -> None:
+    def tell(seen: Seen) -> None:
         for watcher in watchers:
             watcher.hear(seen)
 
-    watchers += [Watcher(one, 3600, lambda i=i: first == i, tell) for i, one in enumerate(libraries)]
+    watchers += [Watcher([one], 3600, lambda i=i: first == i, tell) for i, one in enumerate(libraries)]
     looks = registry.looks
     registry.champion = "2"
     for watcher in watchers:
@@ -176,7 +176,7 @@ def test_one_replica_looks_for_all_and_another_where_it_ends(registry: Registry,
 
 
 def test_who_hears_nothing_of_the_registry_says_so(registry: Registry, base: Diffuser, monkeypatch) -> None:  # noqa: ANN001
-    watcher = Watcher(Library(base, {"style": "style@champion"}, registry.resolve), 1.0, leads=lambda: False)
+    watcher = Watcher([Library(base, {"style": "style@champion"}, registry.resolve)], 1.0, leads=lambda: False)
     assert watcher.problem is None
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 50)

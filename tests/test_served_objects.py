@@ -15,7 +15,7 @@ from craftor.diffuser import Diffuser, load
 from craftor.encoders import EncoderRefused
 from craftor.recipe import Model
 from craftor.serving.engine import Engine
-from craftor.serving.objects import ObjectEncoder, Reference, Shown, load_object_encoder
+from craftor.serving.objects import ON_THE_SHELF, ObjectEncoder, Reference, Shown, load_object_encoder, object_encoders
 from craftor.serving.settings import OBJECT_SLOTS, EngineSettings
 from craftor.serving.work import ImageRequest, Share, first_noise
 from serving_parts import drain, encoded, tuned, write_object_bundle, write_tuned_bundle
@@ -50,7 +50,7 @@ def picture(seed: int = 0) -> torch.Tensor:
 
 
 def shown(objects: ObjectEncoder, *seeds: int, weight: float, from_step: int = 0) -> Shown:
-    references = tuple(Reference(objects.images.pixels(picture(seed))[0], f"{seed:064x}") for seed in seeds)
+    references = tuple(Reference(objects.images.pixels(picture(seed))[0], {}) for seed in seeds)
     return Shown(objects, references, weight, from_step)
 
 
@@ -124,6 +124,32 @@ def test_several_pictures_of_an_object_are_a_stock_pipeline_s(
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
+def halves(first: int) -> torch.Tensor:
+    """The first reference on one half of the picture, the second on the other."""
+    left = torch.zeros(32, 32)
+    left[:, :16] = 1
+    return torch.stack([left, 1 - left] if first == 0 else [1 - left, left])
+
+
+def test_objects_in_regions_are_customize_s_and_keep_their_bits_beside_other_regions(
+    base: Diffuser, engine: Engine, objects: ObjectEncoder, bundle: Path
+) -> None:
+    both = replace(shown(objects, 0, 1, weight=3.0), regions=halves(0))
+    request = ImageRequest(PROMPT, seed=9, num_steps=5, guidance_scale=3.0, shown=both)
+    (ours,) = drain(engine, engine.submit([request]))
+    noise = first_noise(9, base.latent_shape)[None]
+    theirs = customize.assemble(base, bundle).generate(
+        [PROMPT], [picture(0), picture(1)], noise, Guidance(5, 3.0, 3.0), halves(0)
+    )
+    torch.testing.assert_close(ours, theirs[0].clamp(0, 1), rtol=0, atol=1e-4)
+    turned = replace(request, shown=replace(both, regions=halves(1)))
+    apart = replace(request, shown=replace(both, weight=1.5), guidance_scale=3.0)
+    lanes = len(engine._lanes)
+    crowd = drain(engine, engine.submit([turned, request, apart]))
+    assert len(engine._lanes) == lanes, "whatever their regions, in the same calls"
+    assert torch.equal(crowd[1], ours) and not torch.equal(crowd[0], ours)
+
+
 def test_a_tuned_unet_draws_objects_alone_in_calls_of_its_own(
     base: Diffuser, tiny: Path, tmp_path: Path, engine: Engine
 ) -> None:
@@ -152,6 +178,28 @@ def test_in_bfloat16_an_object_is_as_strict(tiny: Path, bundle: Path) -> None:
     engine.stop()
     assert all(torch.equal(a, b) for a, b in zip(crowd, [alone, *without], strict=True))
     assert objects.unet.conv_in.weight is rounded.unet.conv_in.weight, "the base's weights are in memory once"
+
+
+@pytest.mark.parametrize("unet", ["frozen", {}, {"method": "lora", "rank": 2}])
+def test_beside_a_base_that_is_rounded_already_it_draws_the_same_bits(tiny: Path, tmp_path: Path, unet: object) -> None:
+    """So does a version that is promoted while others are served."""
+    model = Model(path=str(tiny / "pipeline"), precision="bf16")
+    folder = write_object_bundle(tiny, tmp_path, unet=unet)
+    drawn = []
+    for rounded_first in (False, True):
+        base = load(model)
+        if rounded_first:
+            objects = object_encoders(model, base.hold_rounded(), str(folder), None).table[ON_THE_SHELF]
+        else:
+            objects = load_object_encoder(folder, base)
+            base.hold_rounded()
+            objects.hold_rounded(base)
+        assert (objects.unet.conv_in.weight is base.unet.conv_in.weight) == (unet == "frozen")
+        engine = Engine(base, EngineSettings(bucket=8, queue_seconds=1000), most_slots=OBJECT_SLOTS)
+        one = ImageRequest(PROMPT, seed=9, num_steps=4, guidance_scale=3.0, shown=shown(objects, 0, weight=1.5))
+        drawn += drain(engine, engine.submit([one]))
+        engine.stop()
+    assert torch.equal(*drawn)
 
 
 def test_other_bundles_and_other_bases_are_refused(base: Diffuser, bundle: Path, tiny: Path, tmp_path: Path) -> None:

@@ -39,15 +39,9 @@ class Shown:
         if self.region is None:
             return torch.ones(side, side)
         try:
-            found = uploads.mask(self.region.read_bytes(), what="region")
+            return read_region(self.region.read_bytes(), (side, side), "region")
         except UploadRefused as error:
             raise RecipeError(f"{self.region}: {error}") from None
-        place = (F.interpolate(found[None], (side, side), mode="area")[0, 0] > 0.5).float()
-        if not place.any():
-            raise RecipeError(
-                f"{self.region}: black everywhere, so the object may be nowhere; white is where it may be"
-            )
-        return place
 
 
 def customize_file(
@@ -94,3 +88,20 @@ def read_reference(
             what if mask is None else "mask", f"{nothing}: there is no object in {width}x{height} pixels"
         )
     return object_condition.cut_out(picture.image[None], where[None])
+
+
+def read_region(
+    file: bytes,
+    size: tuple[int, int],
+    what: str,
+    limits: uploads.Limits = uploads.Limits(),  # noqa: B008  # it is frozen
+) -> Float[Tensor, "H W"]:
+    """A picture of any size, white where an object may be seen -> 1 there and 0 elsewhere, at this height and width.
+
+    Raises UploadRefused for a file that cannot be used, and for one that is black everywhere.
+    """
+    found = uploads.mask(file, limits, what)
+    place = (F.interpolate(found[None], size, mode="area")[0, 0] > 0.5).float()
+    if not place.any():
+        raise UploadRefused(what, "black everywhere, so the object may be nowhere; white is where it may be")
+    return place

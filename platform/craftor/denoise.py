@@ -70,11 +70,11 @@ class Guided:
         x0 = step.x0(state.latents, self.output(state.latents, prompt, step.timestep))
         return State(step.advance(state.latents, x0, state.x0), x0)
 
-    def call(self, latents: Tensor, timestep: int | Tensor, condition: Condition, **residuals: Any) -> Tensor:
-        """The network once, without guidance; `residuals` are what a ControlNet adds to its blocks."""
+    def call(self, latents: Tensor, timestep: int | Tensor, condition: Condition, **more: Any) -> Tensor:
+        """The network once, without guidance; `more` may be what a ControlNet adds to its blocks, or regions."""
         added = self.added(condition, len(latents))
         with self.arithmetic(latents):
-            output = self.unet(latents, timestep, condition.embeds, added_cond_kwargs=added, **residuals).sample
+            output = self.unet(latents, timestep, condition.embeds, added_cond_kwargs=added, **more).sample
         return output.to(latents.dtype)
 
     def added(self, condition: Condition, rows: int) -> dict[str, Any] | None:

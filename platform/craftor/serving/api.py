@@ -88,13 +88,14 @@ def _images(app: FastAPI, service: Service, everywhere: Everywhere | None) -> No
         x_deadline_ms: Annotated[int | None, Header(ge=1, le=86_400_000)] = None,
     ) -> Response:
         """Images with the object of the pictures sent, in the scene of a prompt; `X-Deadline-Ms` as above."""
-        if service.objects is None:
+        if (encoder := service.object_encoder) is None:
             raise ApiError(404, NO_OBJECTS, code="object_encoder_not_found")
-        sent = await form.read(request)
+        found = await form.read(request)
+        size = service.interpreter.size(found.body.size)
         async with unpacking:
-            shown = await asyncio.to_thread(references.read, sent, service.objects, settings.limits, service.metrics)
-        images = service.interpreter.images(sent.body, _caller(service, sent.body, request, client), shown)
-        return await answer(service, sent.body, images, request, client, x_job_id, x_deadline_ms)
+            sent = await asyncio.to_thread(references.read, found, encoder, settings.limits, service.metrics, size)
+        images = service.interpreter.images(found.body, _caller(service, found.body, request, client), sent)
+        return await answer(service, found.body, images, request, client, x_job_id, x_deadline_ms)
 
     @app.delete("/v1/jobs/{job}", responses=ERRORS)
     async def cancel(job: str, client: Client) -> dict[str, Any]:

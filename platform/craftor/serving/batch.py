@@ -9,6 +9,7 @@ depend on the size of the call and on nothing else in it.
 from collections.abc import Sequence
 from dataclasses import replace
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,20 +49,25 @@ def advance(unet: Guided, rows: Sequence[Row], bucket: int, controlnet: ControlN
         + [prompts[0].condition] * padding,
         unet.precision,
     )
-    if shown := [row.request.shown.encoder for row in rows if row.request.shown is not None]:
-        unet = replace(unet, unet=shown[0].unet)
+    more: dict[str, Any] = {}
+    if shown := [row.request.shown for row in rows if row.request.shown is not None]:
+        unet = replace(unet, unet=shown[0].encoder.unet)
         sees = [row.sees() for row in rows]
         each = [*sees, *[None] * len(guided), *(sees[i] for i in apart), *[None] * padding]
         none = torch.zeros_like(next(row.seen for row in rows if row.seen is not None))
         condition = replace(condition, image=torch.cat([none if one is None else one for one in each]))
+        if shown[0].regions is not None:  # then every row has some
+            places = [one.regions for one in shown if one.regions is not None]
+            masks = torch.stack([places[i] for i in slots]).to(latents)
+            more = {"cross_attention_kwargs": {"ip_adapter_masks": [masks]}}
     steps = [row.schedule[row.index] for row in rows]
     timesteps = torch.tensor([steps[i].timestep for i in slots], device=latents.device)
 
     started = perf_counter()
-    given, more = latents[slots], {}
+    given = latents[slots]
     if controlnet is not None:
         controls = [rows[i].request.control for i in slots]
-        more = controlnet.residuals(unet, controls, given, condition, timesteps)
+        more |= controlnet.residuals(unet, controls, given, condition, timesteps)
     out = unet.call(given, timesteps, condition, **more)
     if latents.is_cuda:
         torch.cuda.synchronize(latents.device)  # so that the seconds are the call's, and rows join the step that runs

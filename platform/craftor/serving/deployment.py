@@ -24,10 +24,10 @@ from craftor.cluster import ray_session
 from craftor.quiet import hush
 from craftor.serving.api import Everywhere, build_app
 from craftor.serving.jobs import NOT_HERE
-from craftor.serving.library import Sighting
 from craftor.serving.routing import HELD
 from craftor.serving.service import service
 from craftor.serving.settings import Serving, load, parse
+from craftor.serving.watcher import Seen
 
 APP, DEPLOYMENT = "craftor", "Replica"
 
@@ -56,7 +56,7 @@ class Replica:
         """At the registry, now, if this is the replica that looks."""
         self._service.watcher.hint()
 
-    def hear_here(self, seen: Sighting) -> None:
+    def hear_here(self, seen: Seen) -> None:
         """What it saw."""
         self._service.watcher.hear(seen)
 
@@ -80,7 +80,7 @@ def _is_first() -> bool:
     return rank is not None and rank.rank == 0
 
 
-def _tell_all_of(seen: Sighting) -> None:
+def _tell_all_of(seen: Seen) -> None:
     """From the watcher's thread, which must outlive Serve's controller. Who cannot be told now hears the next one."""
     with suppress(RayError, RayServeException, TimeoutError):
         handle = serve.get_deployment_handle(DEPLOYMENT, APP)

@@ -20,7 +20,7 @@ TEXTS = ("prompt", "negative_prompt")
 """Fields that may be empty; of all others that means that they are not said."""
 PART_OF_MIX = re.compile(r"mix\[([^\[\]]+)\](?:\[([^\[\]]+)\])?")
 """How OpenAI's client spells what is inside a dictionary."""
-FILES = {"image": "image", "image[]": "image", "mask": "mask"}
+FILES = {"image": "image", "image[]": "image", "mask": "mask", "region": "region", "region[]": "region"}
 MOST_PARTS = 64
 
 
@@ -29,6 +29,7 @@ class Form:
     body: Edit
     images: tuple[bytes, ...]
     mask: bytes | None
+    regions: tuple[bytes, ...]
 
 
 class _InMemory(MultiPartParser):
@@ -56,11 +57,11 @@ async def read(request: Request) -> Form:
         raise ApiError(400, "missing parameter: image", param="image", code="missing_parameter")
     if len(files["mask"]) > 1:
         raise _wrong("mask", f"{len(files['mask'])} masks, allowed: one, which is that of the first image")
-    return Form(body, tuple(files["image"]), next(iter(files["mask"]), None))
+    return Form(body, tuple(files["image"]), next(iter(files["mask"]), None), tuple(files["region"]))
 
 
 async def _files(form: FormData) -> dict[str, list[bytes]]:
-    found: dict[str, list[bytes]] = {"image": [], "mask": []}
+    found: dict[str, list[bytes]] = {name: [] for name in FILES.values()}
     for name, value in form.multi_items():
         if isinstance(value, UploadFile):
             if name not in FILES:
@@ -130,12 +131,18 @@ def document() -> dict[str, Any]:
             "description": "Where the object is in the first of them: opaque, or white where nothing is transparent; "
             "of the same size. It takes the place of that picture's own transparency.",
         },
+        "region": {
+            "type": "array",
+            "items": file,
+            "description": "For each `image`, in order, where in the new picture it may be seen: white there, of any "
+            "size. With regions, the images may be of several objects.",
+        },
         **schema["properties"],
     }
     schema["required"] = ["image", *schema["required"]]
     pictures = {"contentType": "image/png, image/jpeg, image/webp"}
     spelled = {"contentType": "application/json"}
-    encoding = {"image": pictures, "mask": pictures, "mix": spelled, "sweep": spelled}
+    encoding = {"image": pictures, "mask": pictures, "region": pictures, "mix": spelled, "sweep": spelled}
     return {
         "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema, "encoding": encoding}}}
     }

@@ -2,7 +2,6 @@
 
 import math
 import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -11,7 +10,8 @@ from craftor.mixture import MixtureError, check_weights, timesteps
 from craftor.serving.control import Control
 from craftor.serving.errors import ApiError
 from craftor.serving.library import Library, NotServed
-from craftor.serving.objects import ObjectEncoder, Reference, Shown
+from craftor.serving.objects import Shown
+from craftor.serving.references import Sent
 from craftor.serving.schema import MAX_SEED, Asked, Edit, Generation, Mix, Portion
 from craftor.serving.settings import SIZE, Serving
 from craftor.serving.upload import Upload, read, read_picture
@@ -28,7 +28,6 @@ class Interpreter:
     settings: Serving
     base: Diffuser
     library: Library
-    objects: ObjectEncoder | None = None
 
     @property
     def sizes(self) -> dict[str, tuple[int, int]]:
@@ -37,10 +36,10 @@ class Interpreter:
         own = {f"{width}x{height}": (height, width)}
         return own | {size: (int(h), int(w)) for size in self.settings.limits.sizes for w, h in [size.split("x")]}
 
-    def images(self, body: Asked, caller: str, references: Sequence[Reference] = ()) -> list[ImageRequest]:
+    def images(self, body: Asked, caller: str, sent: Sent | None = None) -> list[ImageRequest]:
         """All images of a request: mixture by mixture, seeds in order. Canaries are drawn by `caller`.
 
-        `references` are an `Edit`'s pictures of its object.
+        `sent` are an `Edit`'s pictures of its object.
         """
         limits, defaults = self.settings.limits, self.settings.defaults
         if body.model not in (None, self.settings.name):
@@ -71,10 +70,10 @@ class Interpreter:
         seed = secrets.randbelow(2**32) if body.seed is None else body.seed
         if seed + count - 1 > MAX_SEED:
             raise ApiError(400, f"seed: {seed} + n is over {MAX_SEED}", param="seed", code="invalid_value")
-        size = self._size(body.size)
+        size = self.size(body.size)
         upload = _upload(body, size) if isinstance(body, Generation) else None
         control = self._control(body, size) if isinstance(body, Generation) else None
-        shown = self._shown(body, references, steps, guidance) if isinstance(body, Edit) else None
+        shown = self._shown(body, sent, steps, guidance) if isinstance(body, Edit) and sent is not None else None
         return [
             ImageRequest(
                 prompt=prompt,
@@ -94,12 +93,11 @@ class Interpreter:
             for k in range(count)
         ]
 
-    def _shown(self, body: Edit, references: Sequence[Reference], steps: int, guidance: float) -> Shown | None:
-        assert self.objects is not None
+    def _shown(self, body: Edit, sent: Sent, steps: int, guidance: float) -> Shown | None:
         weight = guidance if body.object_weight is None else body.object_weight
         weight = _at_most(weight, "object_weight", self.settings.limits.guidance_scale)
         first = _at_most(body.object_from or 0, "object_from", steps - 1)
-        return None if weight == 0 else Shown(self.objects, tuple(references), weight, first)
+        return None if weight == 0 else Shown(sent.encoder, sent.references, weight, first, sent.regions)
 
     def _control(self, body: Generation, size: tuple[int, int]) -> Control | None:
         if body.control_image is None:
@@ -116,7 +114,8 @@ class Interpreter:
             raise ApiError(400, str(error), param=error.what, code="invalid_value") from None
         return Control(picture, 1.0 if body.control_scale is None else body.control_scale, digest)
 
-    def _size(self, text: str | None) -> tuple[int, int]:
+    def size(self, text: str | None) -> tuple[int, int]:
+        """(height, width) of a request's pictures. Raises ApiError."""
         known = self.sizes
         if text in (None, "auto"):
             return next(iter(known.values()))

@@ -12,7 +12,7 @@ from craftor.serving.batch import network
 from craftor.serving.work import ImageRequest, Row
 
 Shape = tuple[int, int, int]
-Key = tuple[Shape, tuple[str, int] | None]
+Key = tuple[Shape, tuple[str, int, bool] | None]
 """Of a lane: the latents' shape, and what else its rows have in common."""
 
 

@@ -24,7 +24,7 @@ def model_entry(service: Service) -> dict[str, Any]:
         "owned_by": "craftor",
         "base": settings.model.path,
         "controlnet": settings.controlnet,
-        "object_encoder": None if service.objects is None else object_encoder_entry(service.objects),
+        "object_encoder": None if (eye := service.object_encoder) is None else object_encoder_entry(eye),
         "sizes": list(service.interpreter.sizes),
         "defaults": settings.defaults.model_dump(),
         "limits": settings.limits.model_dump(),

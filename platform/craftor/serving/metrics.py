@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from craftor.serving.engine import Engine
 from craftor.serving.library import Library
 from craftor.serving.objects import ObjectEncoder
+from craftor.serving.shelf import Shelf
 
 _SHORT = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
 _LONG = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120)
@@ -49,7 +50,7 @@ class Metrics:
         if outcome == "completed":
             self.latency.observe(seconds)
 
-    def watch(self, engine: Engine, library: Library, objects: ObjectEncoder | None = None) -> None:
+    def watch(self, engine: Engine, library: Library, objects: Shelf[ObjectEncoder]) -> None:
         """Also tell, when asked, what these know themselves."""
         self.registry.register(_Known(engine, library, objects))
 
@@ -81,7 +82,7 @@ class _Told:
 class _Known:
     """Read at the time of the scrape."""
 
-    def __init__(self, engine: Engine, library: Library, objects: ObjectEncoder | None) -> None:
+    def __init__(self, engine: Engine, library: Library, objects: Shelf[ObjectEncoder]) -> None:
         self.engine, self.library, self.objects = engine, library, objects
 
     def describe(self) -> list[Metric]:
@@ -103,12 +104,12 @@ class _Known:
         for name, encoder in self.library.table.items():
             served.add_metric([name, str(encoder.version or ""), encoder.sha256], 1)
         yield served
-        if (objects := self.objects) is not None:
-            eye = GaugeMetricFamily(
-                "craftor_object_encoder_info", "The object encoder served", labels=["encoder", "version", "sha256"]
-            )
-            eye.add_metric([objects.name, objects.version or "", objects.sha256], 1)
-            yield eye
+        eye = GaugeMetricFamily(
+            "craftor_object_encoder_info", "The object encoder served", labels=["encoder", "version", "sha256"]
+        )
+        for one in self.objects.table.values():
+            eye.add_metric([one.name, one.version or "", one.sha256], 1)
+        yield eye
         problems = GaugeMetricFamily("craftor_encoder_problems", "Encoders whose newest version is not in use")
-        problems.add_metric([], len(self.library.problems))
+        problems.add_metric([], len(self.library.problems) + len(self.objects.problems))
         yield problems

@@ -6,6 +6,7 @@ have calls of their own, and pictures without an object stay the base's.
 """
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,11 +19,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from craftor import object_adapter, object_condition, registry, trainable
-from craftor.diffuser import Diffuser, freeze
+from craftor.diffuser import Diffuser, freeze, load
 from craftor.encoders import EncoderRefused, Version, fetch
 from craftor.object_condition import ImageEncoder
 from craftor.prefix_cache import weights_digest
+from craftor.recipe import Model
 from craftor.rollout import Rollout
+from craftor.serving.shelf import Resolve, Shelf
+
+ON_THE_SHELF = "object_encoder"
+"""Its name there, and in the settings."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,11 +57,11 @@ class ObjectEncoder:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """A picture of an object, cut out and as the image encoder takes it; of the file only the hash is left."""
+    """A picture of an object, cut out and as the image encoder takes it; of its files only hashes are left."""
 
     pixels: Float[Tensor, "3 size size"]
-    sha256: str
-    mask_sha256: str | None = None
+    hashes: Mapping[str, str]
+    """sha256 of its files, by what they are: `image`, `mask`, `region`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,11 +70,13 @@ class Shown:
 
     encoder: ObjectEncoder
     references: tuple[Reference, ...]
-    """Pictures of one object, whose tokens stand side by side, as in a stock pipeline."""
+    """Pictures of one object, whose tokens stand side by side, as in a stock pipeline; with regions, of several."""
     weight: float
     """Of guidance by the object; see `craftor.customize`."""
     from_step: int = 0
     """The first denoising step that sees it."""
+    regions: Float[Tensor, "n H W"] | None = None
+    """For each reference 1 where it may be seen in the picture and 0 elsewhere; None for everywhere."""
 
     @cached_property
     def seen(self) -> Float[Tensor, "1 n *tokens d"]:
@@ -76,17 +84,33 @@ class Shown:
         return torch.cat([self.encoder.images.see(one.pixels[None]) for one in self.references], dim=1)
 
     @property
-    def company(self) -> tuple[str, int] | None:
+    def company(self) -> tuple[str, int, bool] | None:
         """What rows of one UNet call must have in common; None where any may share it."""
-        count = len(self.references)
-        return None if self.encoder.shares_calls and count == 1 else (self.encoder.sha256, count)
+        count, placed = len(self.references), self.regions is not None
+        return None if self.encoder.shares_calls and count == 1 and not placed else (self.encoder.sha256, count, placed)
 
 
-def load_object_encoder(found: Version | Path, base: Diffuser) -> ObjectEncoder:
-    """Load a registered version or a bundle's folder beside its base, whose weights must not be rounded yet.
+def object_encoders(model: Model, base: Diffuser, source: str | None, resolve: Resolve | None) -> Shelf[ObjectEncoder]:
+    """The object encoder served and its later versions, or none; `base` is of `model`, rounded or not.
 
-    Raises BundleError or EncoderRefused where anything is amiss.
+    Raises what `load_object_encoder` and `resolve` raise.
     """
+
+    def read(found: Version | Path) -> ObjectEncoder:
+        encoder = load_object_encoder(found, base, load(model, base.device))
+        encoder.hold_rounded(base)
+        return encoder
+
+    return Shelf(read, {} if source is None else {ON_THE_SHELF: source}, resolve)
+
+
+def load_object_encoder(found: Version | Path, base: Diffuser, whole: Diffuser | None = None) -> ObjectEncoder:
+    """Load a registered version or a bundle's folder beside its base.
+
+    `whole` is the base as it is on disk, where `base` has been rounded. Raises BundleError or EncoderRefused where
+    anything is amiss.
+    """
+    whole = whole or base
     folder = fetch(found) if isinstance(found, Version) else found
     uri = found.uri if isinstance(found, Version) else str(folder.resolve())
     registry.verify_bundle(folder)
@@ -94,11 +118,11 @@ def load_object_encoder(found: Version | Path, base: Diffuser) -> ObjectEncoder:
     if description.get("kind") != registry.OBJECT_ENCODER:
         raise EncoderRefused(f"object_encoder = {uri!r}: a text encoder; those are served by [encoders]")
     for part in ("text_encoder", "unet"):
-        if weights_digest([getattr(base, part)]) != description["base"].get(f"{part}_sha256"):
+        if weights_digest([getattr(whole, part)]) != description["base"].get(f"{part}_sha256"):
             wanted = description["base"]["model"]
             raise EncoderRefused(f"object_encoder = {uri!r}: made for the {part} of {wanted}; this base has another")
     try:
-        unet, images, tuned = _networks(folder, base)
+        unet, images, tuned = _networks(folder, base, whole)
     except (OSError, RuntimeError, ValueError) as error:
         raise EncoderRefused(f"object_encoder = {uri!r}: {error}") from None
     same = _probe(unet, images, base, uri)
@@ -115,17 +139,24 @@ def load_object_encoder(found: Version | Path, base: Diffuser) -> ObjectEncoder:
     )
 
 
-def _networks(folder: Path, base: Diffuser) -> tuple[UNet2DConditionModel, ImageEncoder, bool]:
+def _networks(folder: Path, base: Diffuser, whole: Diffuser) -> tuple[UNet2DConditionModel, ImageEncoder, bool]:
     """A UNet with the adapter, the image encoder, and whether the UNet was tuned."""
     state = object_adapter.read(folder / object_adapter.FILE)
     images = object_condition.load(folder / object_condition.FOLDER, object_adapter.tokens_of(state), base.device)
     tuned = any((folder / name).is_dir() for name in ("unet", trainable.LORA_FOLDER))
-    shared = {id(parameter): parameter for parameter in base.unet.parameters()}
-    unet: Any = trainable.load(base, folder)["unet"] if tuned else copy.deepcopy(base.unet, shared)
+    unet: Any = trainable.load(whole, folder)["unet"] if tuned else copy.deepcopy(whole.unet)
     kernels = set(map(type, base.unet.attn_processors.values()))
     object_adapter.install(unet, object_adapter.with_null(state), eager=kernels == {AttnProcessor})
     freeze(unet).to(base.device)
+    if not tuned:
+        _share_weights(unet, base.unet)
     return unet, images, tuned
+
+
+def _share_weights(unet: UNet2DConditionModel, base: UNet2DConditionModel) -> None:
+    """Those that both have are then in memory once; not before, for an adapter takes its precision from its UNet."""
+    for name, module in base.named_modules():
+        unet.get_submodule(name)._parameters.update(module._parameters)
 
 
 @torch.inference_mode()

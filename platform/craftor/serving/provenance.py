@@ -13,6 +13,8 @@ from craftor.serving.work import Row
 
 KEY = "craftor"
 """Of the PNG's text chunk, which holds the record as JSON."""
+FILES = {"sha256": "image", "mask_sha256": "mask", "region_sha256": "region"}
+"""The record's keys for the files of an object's picture."""
 
 
 def record(row: Row, model: str, engine: dict[str, Any]) -> dict[str, Any]:
@@ -47,7 +49,7 @@ def record(row: Row, model: str, engine: dict[str, Any]) -> dict[str, Any]:
             "object": {
                 **{"encoder": eye.name, "version": eye.version, "uri": eye.uri, "sha256": eye.sha256},
                 "run_id": eye.run_id,
-                "images": [{"sha256": one.sha256, "mask_sha256": one.mask_sha256} for one in shown.references],
+                "images": [{key: one.hashes.get(name) for key, name in FILES.items()} for one in shown.references],
                 "weight": shown.weight,
                 "steps": [shown.from_step, request.num_steps],
             }

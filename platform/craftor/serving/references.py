@@ -1,8 +1,14 @@
 """Uploaded pictures of an object -> what its image encoder takes; of the files nothing but their hashes is left."""
 
 import hashlib
+from dataclasses import dataclass
+from itertools import zip_longest
 
-from craftor.customize_files import read_reference
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from craftor.customize_files import read_reference, read_region
 from craftor.serving.errors import ApiError
 from craftor.serving.form import Form
 from craftor.serving.metrics import Metrics
@@ -12,22 +18,47 @@ from craftor.uploads import Limits as PictureLimits
 from craftor.uploads import UploadRefused
 
 
-def read(form: Form, encoder: ObjectEncoder, limits: Limits, metrics: Metrics) -> tuple[Reference, ...]:
-    """The form's pictures in order, the first cut out by its mask. Raises ApiError 400 naming the file at fault."""
+@dataclass(frozen=True, eq=False)
+class Sent:
+    """The pictures of a form, as this version of an encoder takes them."""
+
+    encoder: ObjectEncoder
+    references: tuple[Reference, ...]
+    regions: Float[Tensor, "n H W"] | None
+    """Where each may be seen; None for everywhere."""
+
+
+def read(form: Form, encoder: ObjectEncoder, limits: Limits, metrics: Metrics, size: tuple[int, int]) -> Sent:
+    """The form's pictures in order, the first cut out by its mask; regions are of the new pictures, of this size.
+
+    Raises ApiError 400 naming the file at fault.
+    """
     if (count := len(form.images)) > limits.references:
-        message = f"image: {count} pictures of the object, allowed: up to {limits.references}"
-        raise ApiError(400, message, param="image", code="invalid_value")
-    allowed = PictureLimits(limits.edit_bytes, limits.picture_pixels)
-    references = []
-    for index, image in enumerate(form.images):
-        what = "image" if count == 1 else f"image.{index}"
+        raise _wrong("image", f"image: {count} pictures of the object, allowed: up to {limits.references}")
+    if (places := len(form.regions)) not in (0, count):
+        raise _wrong("region", f"region: {places} for {count} images, allowed: none, or one for each")
+    try:
+        sent = _read(form, encoder, PictureLimits(limits.edit_bytes, limits.picture_pixels), size)
+    except UploadRefused as error:
+        metrics.references.labels("refused").inc()
+        raise _wrong(error.what, str(error)) from None
+    metrics.references.labels("read").inc(count)
+    return sent
+
+
+def _read(form: Form, encoder: ObjectEncoder, limits: PictureLimits, size: tuple[int, int]) -> Sent:
+    references, regions = [], []
+    for index, (image, region) in enumerate(zip_longest(form.images, form.regions)):
+        numbered = "" if len(form.images) == 1 else f".{index}"
         mask = form.mask if index == 0 else None
-        try:
-            pixels = encoder.images.pixels(read_reference(image, mask, allowed, what))[0].clone()
-        except UploadRefused as error:
-            metrics.references.labels("refused").inc()
-            raise ApiError(400, str(error), param=error.what, code="invalid_value") from None
-        metrics.references.labels("read").inc()
-        masked = None if mask is None else hashlib.sha256(mask).hexdigest()
-        references.append(Reference(pixels, hashlib.sha256(image).hexdigest(), masked))
-    return tuple(references)
+        cut_out = read_reference(image, mask, limits, "image" + numbered)
+        if region is not None:
+            regions.append(read_region(region, size, "region" + numbered, limits))
+        files = {"image": image, "mask": mask, "region": region}
+        hashes = {name: hashlib.sha256(file).hexdigest() for name, file in files.items() if file is not None}
+        references.append(Reference(encoder.images.pixels(cut_out)[0].clone(), hashes))
+    return Sent(encoder, tuple(references), torch.stack(regions) if regions else None)
+
+
+def _wrong(param: str, message: str) -> ApiError:
+    return ApiError(400, message, param=param, code="invalid_value")

@@ -74,7 +74,7 @@ class Generation(Asked):
 
 
 class Edit(Asked):
-    """`POST /v1/images/edits`, but for its files: `image` (once or several times) and `mask`, which `form` reads."""
+    """`POST /v1/images/edits`, but for its files, `image`, `mask` and `region`, which `form` reads."""
 
     object_weight: float | None = Field(None, ge=0, allow_inf_nan=False)
     """How strongly the object guides, as `guidance_scale` does for the prompt and by default equal to it; 0 leaves the

@@ -6,19 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from craftor import registry
-from craftor.diffuser import Diffuser, load
+from craftor.diffuser import load
 from craftor.encoders import resolve, versions
 from craftor.serving.control import load_controlnet
 from craftor.serving.engine import Engine
 from craftor.serving.gate import Gate
 from craftor.serving.interpret import Interpreter, check_sizes
 from craftor.serving.jobs import Jobs
-from craftor.serving.library import Discover, Library, Resolve, Sighting
+from craftor.serving.library import Library
 from craftor.serving.metrics import Metrics
-from craftor.serving.objects import ObjectEncoder, load_object_encoder
+from craftor.serving.objects import ON_THE_SHELF, ObjectEncoder, object_encoders
 from craftor.serving.pictures import Pictures
 from craftor.serving.settings import OBJECT_SLOTS, Serving
-from craftor.serving.watcher import Watcher
+from craftor.serving.shelf import Discover, Resolve, Shelf
+from craftor.serving.watcher import Seen, Watcher
 from craftor.tracking import client
 
 
@@ -33,12 +34,18 @@ class Service:
     jobs: Jobs
     metrics: Metrics
     pictures: Pictures
-    objects: ObjectEncoder | None = None
+    objects: Shelf[ObjectEncoder]
+    """The one that draws objects, or none."""
+
+    @property
+    def object_encoder(self) -> ObjectEncoder | None:
+        """The version of now."""
+        return self.objects.table.get(ON_THE_SHELF)
 
     @property
     def problems(self) -> dict[str, str]:
         """Why this replica does not do all that it should; `engine` alone means that it cannot do anything."""
-        problems = dict(self.library.problems)
+        problems = self.library.problems | self.objects.problems
         if not self.engine.alive:
             problems["engine"] = "a thread of the engine has ended; the log says why"
         if self.watcher.problem is not None:
@@ -48,7 +55,7 @@ class Service:
 
 @contextmanager
 def service(
-    settings: Serving, leads: Callable[[], bool] = lambda: True, tell: Callable[[Sighting], None] | None = None
+    settings: Serving, leads: Callable[[], bool] = lambda: True, tell: Callable[[Seen], None] | None = None
 ) -> Iterator[Service]:
     """Load, measure and start; stop at the end of the block. Raises what loading the base and the encoders raises.
 
@@ -57,20 +64,18 @@ def service(
     base = load(settings.model, "cuda" if settings.replicas.num_gpus else "cpu")
     check_sizes(settings, base)
     look_up, discover = _registry(settings)
-    objects = _object_encoder(settings, base, look_up)
     base.hold_rounded()
-    if objects is not None:
-        objects.hold_rounded(base)
+    objects = object_encoders(settings.model, base, settings.object_encoder, look_up)
     library = Library(base, settings.encoders, look_up, settings.canaries, discover)
     metrics = Metrics()
     controlnet = None if settings.controlnet is None else load_controlnet(settings.controlnet, base)
-    engine = Engine(base, settings.engine, metrics, controlnet, OBJECT_SLOTS if objects else 2)
-    interpreter = Interpreter(settings, base, library, objects)
+    engine = Engine(base, settings.engine, metrics, controlnet, OBJECT_SLOTS if objects.table else 2)
+    interpreter = Interpreter(settings, base, library)
     if base.compile:
         engine.prepare(list(interpreter.sizes.values()))
     engine.start()
     metrics.watch(engine, library, objects)
-    watcher = Watcher(library, settings.poll_seconds, leads, tell)
+    watcher = Watcher([library, objects], settings.poll_seconds, leads, tell)
     pictures = Pictures(Path(settings.runs) / "served", settings.http.url_seconds)
     try:
         yield Service(
@@ -88,16 +93,6 @@ def service(
     finally:
         watcher.stop()
         engine.stop()
-
-
-def _object_encoder(settings: Serving, base: Diffuser, look_up: Resolve | None) -> ObjectEncoder | None:
-    source = settings.object_encoder
-    if source is None:
-        return None
-    if not Path(source).is_dir():
-        assert look_up is not None
-        return load_object_encoder(look_up(source), base)
-    return load_object_encoder(Path(source), base)
 
 
 def _registry(settings: Serving) -> tuple[Resolve | None, Discover]:

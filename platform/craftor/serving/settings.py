@@ -41,7 +41,7 @@ class Limits(Section):
     images: int = Field(16, ge=1)
     """n times the mixtures of a sweep."""
     references: int = Field(4, ge=1, le=16)
-    """Pictures of one object."""
+    """Pictures of objects in one request."""
     encoders: int = Field(8, ge=0)
     """In one mixture."""
     steps: int = Field(100, ge=1, le=1000)
@@ -134,8 +134,8 @@ class Serving(Section):
     controlnet: str | None = None
     """A ControlNet's folder or hub id; images may then be steered by `control_image`."""
     object_encoder: str | None = None
-    """A bundle's folder, or a reference into the registry: pictures of an object may then be sent to
-    `/v1/images/edits`. It is looked up once, at the start."""
+    """A bundle's folder, or a reference into the registry, looked up as those of `encoders`: pictures of an object may
+    then be sent to `/v1/images/edits`."""
     encoders: dict[str, str] = {}
     """The name a mixture uses, and where it comes from: a bundle's folder, or `name@alias`, `name/3`, `name` in the
     MLflow registry. What an alias points to is looked up again every `poll_seconds`."""

@@ -9,27 +9,32 @@ its rank to another, which looks from then on.
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from craftor.serving.library import Library, Sighting
+from craftor.serving.shelf import Shelf, Sighting
 
 PATIENCE = 10
 """So many times `seconds`, and half a minute: who has heard nothing of the registry for so long says so."""
 
 
+Seen = tuple[Sighting, ...]
+"""Of each shelf, in order."""
+
+
 class Watcher:
-    """Refreshes a library in a thread of its own; `hint` makes it look at once."""
+    """Refreshes shelves in a thread of its own; `hint` makes it look at once."""
 
     def __init__(
         self,
-        library: Library,
+        shelves: Sequence[Shelf[Any]],
         seconds: float,
         leads: Callable[[], bool] = lambda: True,
-        tell: Callable[[Sighting], None] | None = None,
+        tell: Callable[[Seen], None] | None = None,
     ) -> None:
         """`leads` says whether this one looks; `tell` brings what it sees to all others, whose `hear` takes it."""
-        self._library, self._seconds, self._leads, self._tell = library, seconds, leads, tell
-        self._told: queue.SimpleQueue[Sighting | bool] = queue.SimpleQueue()
+        self._shelves, self._seconds, self._leads, self._tell = shelves, seconds, leads, tell
+        self._told: queue.SimpleQueue[Seen | bool] = queue.SimpleQueue()
         self._heard_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="craftor-watcher", daemon=True)
         self._thread.start()
@@ -48,7 +53,7 @@ class Watcher:
         """Look now, if it is for this one to look."""
         self._told.put(True)
 
-    def hear(self, seen: Sighting) -> None:
+    def hear(self, seen: Seen) -> None:
         """From the replica that looks."""
         self._told.put(seen)
 
@@ -58,19 +63,20 @@ class Watcher:
 
     def _run(self) -> None:
         while (told := self._next()) is not False:
-            if isinstance(told, Sighting):
+            if isinstance(told, tuple):
                 self._follow(told)
             elif self._leads():
-                self._follow(seen := self._library.look())
+                self._follow(seen := tuple(shelf.look() for shelf in self._shelves))
                 if self._tell is not None:
                     self._tell(seen)
 
-    def _next(self) -> Sighting | bool:
+    def _next(self) -> Seen | bool:
         try:
             return self._told.get(timeout=self._seconds)
         except queue.Empty:
             return True
 
-    def _follow(self, seen: Sighting) -> None:
+    def _follow(self, seen: Seen) -> None:
         self._heard_at = time.monotonic()
-        self._library.follow(seen)
+        for shelf, sighting in zip(self._shelves, seen, strict=True):
+            shelf.follow(sighting)

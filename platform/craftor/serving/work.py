@@ -63,7 +63,7 @@ class ImageRequest:
         return 3 if apart else 1 if self.guidance_scale == 1 else 2
 
     @property
-    def company(self) -> tuple[str, int] | None:
+    def company(self) -> tuple[str, int, bool] | None:
         """What rows of one UNet call have in common beside their latents' shape; None where any may share it."""
         return None if self.shown is None else self.shown.company
 
