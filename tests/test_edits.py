@@ -6,9 +6,10 @@ import io
 import json
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import hypothesis
 import numpy as np
@@ -92,11 +93,17 @@ def http(served: Service) -> Iterator[TestClient]:
 
 
 def ask(
-    http: TestClient, *images: bytes, mask: bytes | None = None, regions: Sequence[bytes] = (), **fields: object
+    http: TestClient,
+    *images: bytes,
+    mask: bytes | None = None,
+    regions: Sequence[bytes] = (),
+    others: Mapping[str, bytes] = MappingProxyType({}),
+    **fields: object,
 ) -> dict:
     files = [("image", ("object", image)) for image in images or (BARS,)]
     files += [] if mask is None else [("mask", ("mask", mask))]
     files += [("region", ("region", region)) for region in regions]
+    files += [(name, (name, file)) for name, file in others.items()]
     answer = http.post(PATH, files=files, data={"prompt": PROMPT, "seed": "1", **fields})
     assert answer.status_code == 200, answer.text
     return answer.json()
@@ -195,6 +202,24 @@ def test_regions_say_where_each_of_several_objects_may_be(http: TestClient) -> N
     assert abs(whole - same).max() <= 1, "a region of everywhere is none"
 
 
+def test_an_object_comes_into_a_scene_where_its_mask_says(http: TestClient) -> None:
+    scene, hole = packed(bars((32, 32))), packed(left_half((32, 32)))
+    files, how = {"scene": scene, "scene_mask": hole}, {"strength": "0.7"}
+    drawn = ask(http, others=files, **how)
+    assert drawn["data"][0]["provenance"]["image"] == {
+        "sha256": hashlib.sha256(scene).hexdigest(),
+        "mask_sha256": hashlib.sha256(hole).hexdigest(),
+        "strength": 0.7,
+        "steps": [1, 3],
+    }
+    spelled = {"image": base64.b64encode(scene).decode(), "mask": base64.b64encode(hole).decode(), "strength": 0.7}
+    plain = http.post("/v1/images/generations", json={"prompt": PROMPT, "seed": 1, **spelled}).json()
+    assert pictures(ask(http, others=files, object_weight="0", **how)) == pictures(plain)
+    different = np.frombuffer(pixels(drawn)[0], dtype=np.uint8) != np.frombuffer(pixels(plain)[0], dtype=np.uint8)
+    assert different.reshape(32, 32, 3)[:, :12].any(), "the object is drawn in the hole"
+    assert pictures(drawn) != pictures(ask(http, others={"scene": scene}, **how))
+
+
 def test_a_camera_s_rotation_and_inks_are_what_they_mean(http: TestClient) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -281,7 +306,9 @@ def test_bad_files_are_named(
         ({"object_weight": "31"}, "object_weight", "31, allowed: up to 30"),
         ({"object_weight": "nan"}, "object_weight", "finite number"),
         ({"object_from": "3"}, "object_from", "3, allowed: up to 2"),
-        ({"strength": "0.5"}, "strength", "not supported"),
+        ({"strength": "0.5"}, "strength", "goes with scene"),
+        ({"control_scale": "1"}, "control_scale", "goes with control_image"),
+        ({"scene": "text"}, "scene", "text, allowed: a file"),
         ({"input_fidelity": "high"}, "input_fidelity", "not supported"),
         ({"image": "text"}, "image", "text, allowed: a file"),
         ({"partial_images": "2"}, "partial_images", "goes with stream"),
@@ -317,7 +344,10 @@ def test_what_is_no_form_with_an_object(http: TestClient) -> None:
         ([*[("image", ("x", BARS))] * 2, *[("region[]", ("r", b"x"))] * 2], "region.0: not a picture"),
         ([("image", ("x", BARS)), ("other", ("y", b"y"))], "other: not supported here"),
         ([("image", ("x", BARS)), ("seed", ("y", b"1"))], "seed: a file, allowed: text"),
-        ([("image", ("x", BARS)), *[("mask", ("m", BARS))] * 2], "2 masks, allowed: one"),
+        ([("image", ("x", BARS)), *[("mask", ("m", BARS))] * 2], "mask: 2 files, allowed: one"),
+        ([("image", ("x", BARS)), ("scene", ("s", BARS))], "scene: 40x30 pixels, allowed: 32x32, the size asked for"),
+        ([("image", ("x", BARS)), ("scene_mask", ("s", BARS))], "scene_mask: goes with scene"),
+        ([("image", ("x", BARS)), ("control_image", ("c", BARS))], "control_image: this server has no ControlNet"),
         ([("image", ("x", BARS))] * 65, "Too many files"),
         ([("mask", ("x", BARS))], "missing parameter: image"),
     ):
@@ -354,7 +384,7 @@ def test_it_is_listed_and_documented(http: TestClient, served: Service) -> None:
     content = document["paths"][PATH]["post"]["requestBody"]["content"]["multipart/form-data"]
     assert content["schema"]["required"] == ["image", "prompt"]
     assert content["schema"]["properties"]["image"]["items"] == {"type": "string", "format": "binary"}
-    assert {"mask", "mix", "object_weight", "object_from"} <= content["schema"]["properties"].keys()
+    assert {"mask", "region", "scene", "mix", "object_weight", "object_from"} <= content["schema"]["properties"].keys()
     assert "Portion" in document["components"]["schemas"]
 
 

@@ -90,6 +90,9 @@ def test_upload_an_object_and_generate(url: str, width: int, tmp_path: Path) -> 
     toy.paste((0, 0, 0, 0), (0, 0, 20, 40))
     toy.save(tmp_path / "toy.png")
     Image.new("L", (60, 40), 255).save(tmp_path / "all.png")
+    right = Image.new("L", (32, 32))
+    right.paste(255, (16, 0, 32, 32))
+    right.save(tmp_path / "right.png")
     Image.new("L", (40, 40), 255).save(tmp_path / "other.png")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
@@ -119,6 +122,10 @@ def test_upload_an_object_and_generate(url: str, width: int, tmp_path: Path) -> 
         page.get_by_label("Its mask").set_input_files(tmp_path / "all.png")
         again, masked = drawn()
         assert again == without and masked != with_it
+        page.get_by_label("Where it may be").set_input_files(tmp_path / "right.png")
+        again, placed = drawn()
+        assert again == without and placed != masked
+        assert "-F 'region=@right.png'" in (page.locator("#curl").text_content() or "")
         page.get_by_role("button", name="Strip").click()
         page.get_by_text("5 pictures of one seed").wait_for(timeout=60_000)
         overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")

@@ -14,11 +14,13 @@ from craftor.customize import Guidance
 from craftor.diffuser import Diffuser, load
 from craftor.encoders import EncoderRefused
 from craftor.recipe import Model
+from craftor.serving.control import Control, load_controlnet
 from craftor.serving.engine import Engine
 from craftor.serving.objects import ON_THE_SHELF, ObjectEncoder, Reference, Shown, load_object_encoder, object_encoders
 from craftor.serving.settings import OBJECT_SLOTS, EngineSettings
+from craftor.serving.upload import Upload
 from craftor.serving.work import ImageRequest, Share, first_noise
-from serving_parts import drain, encoded, tuned, write_object_bundle, write_tuned_bundle
+from serving_parts import drain, encoded, tuned, write_controlnet, write_object_bundle, write_tuned_bundle
 
 PROMPT = "a small red star"
 
@@ -122,6 +124,30 @@ def test_several_pictures_of_an_object_are_a_stock_pipeline_s(
         output_type="pt",
     ).images[0]
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_an_object_may_come_into_a_picture_and_be_steered_at_once(
+    base: Diffuser, objects: ObjectEncoder, tmp_path: Path
+) -> None:
+    controlnet = load_controlnet(write_controlnet(base, tmp_path), base)
+    engine = Engine(base, EngineSettings(bucket=8, queue_seconds=1000), controlnet=controlnet, most_slots=OBJECT_SLOTS)
+    scene, hole = picture(5)[0, :, :1, :1].expand(3, 32, 32), torch.zeros(1, 32, 32)
+    hole[..., 16:] = 1
+    request = ImageRequest(
+        PROMPT,
+        seed=9,
+        num_steps=5,
+        guidance_scale=3.0,
+        shown=shown(objects, 0, weight=1.5),
+        upload=Upload(scene, hole, 0.8, ""),
+        control=Control(picture(6)[0, :, :32, :1].expand(3, 32, 32), 1.0, ""),
+    )
+    (alone,) = drain(engine, engine.submit([request]))
+    less = [replace(request, **{part: None}) for part in ("shown", "upload", "control")]
+    drawn = drain(engine, engine.submit([*less, request, *plain(base)[:1]]))
+    engine.stop()
+    assert torch.equal(drawn[3], alone)
+    assert all((image - alone).abs().max() > 1e-3 for image in drawn[:3]), "each has its say"
 
 
 def halves(first: int) -> torch.Tensor:

@@ -20,7 +20,10 @@ TEXTS = ("prompt", "negative_prompt")
 """Fields that may be empty; of all others that means that they are not said."""
 PART_OF_MIX = re.compile(r"mix\[([^\[\]]+)\](?:\[([^\[\]]+)\])?")
 """How OpenAI's client spells what is inside a dictionary."""
-FILES = {"image": "image", "image[]": "image", "mask": "mask", "region": "region", "region[]": "region"}
+SEVERAL = ("image", "region")
+ONCE = ("mask", "scene", "scene_mask", "control_image")
+FILES = {name + end: name for name in SEVERAL for end in ("", "[]")} | {name: name for name in ONCE}
+"""The field of each name."""
 MOST_PARTS = 64
 
 
@@ -30,6 +33,8 @@ class Form:
     images: tuple[bytes, ...]
     mask: bytes | None
     regions: tuple[bytes, ...]
+    others: dict[str, bytes]
+    """`scene`, `scene_mask` and `control_image`, as far as sent."""
 
 
 class _InMemory(MultiPartParser):
@@ -55,9 +60,11 @@ async def read(request: Request) -> Form:
         await form.close()
     if not files["image"]:
         raise ApiError(400, "missing parameter: image", param="image", code="missing_parameter")
-    if len(files["mask"]) > 1:
-        raise _wrong("mask", f"{len(files['mask'])} masks, allowed: one, which is that of the first image")
-    return Form(body, tuple(files["image"]), next(iter(files["mask"]), None), tuple(files["region"]))
+    for name in ONCE:
+        if len(files[name]) > 1:
+            raise _wrong(name, f"{len(files[name])} files, allowed: one")
+    once = {name: files[name][0] for name in ONCE if files[name]}
+    return Form(body, tuple(files["image"]), once.pop("mask", None), tuple(files["region"]), once)
 
 
 async def _files(form: FormData) -> dict[str, list[bytes]]:
@@ -137,12 +144,18 @@ def document() -> dict[str, Any]:
             "description": "For each `image`, in order, where in the new picture it may be seen: white there, of any "
             "size. With regions, the images may be of several objects.",
         },
+        "scene": {
+            **file,
+            "description": "A picture to begin from, of the size asked for: the object comes into it by `strength`.",
+        },
+        "scene_mask": {**file, "description": "Where to draw anew (white) and where to keep the scene (black)."},
+        "control_image": {**file, "description": "What the server's ControlNet reads, where it has one."},
         **schema["properties"],
     }
     schema["required"] = ["image", *schema["required"]]
     pictures = {"contentType": "image/png, image/jpeg, image/webp"}
     spelled = {"contentType": "application/json"}
-    encoding = {"image": pictures, "mask": pictures, "region": pictures, "mix": spelled, "sweep": spelled}
+    encoding = dict.fromkeys((*SEVERAL, *ONCE), pictures) | {"mix": spelled, "sweep": spelled}
     return {
         "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema, "encoding": encoding}}}
     }

@@ -7,16 +7,14 @@ from typing import TypeVar
 
 from craftor.diffuser import Diffuser
 from craftor.mixture import MixtureError, check_weights, timesteps
-from craftor.serving.control import Control
+from craftor.serving import given
 from craftor.serving.errors import ApiError
 from craftor.serving.library import Library, NotServed
 from craftor.serving.objects import Shown
 from craftor.serving.references import Sent
 from craftor.serving.schema import MAX_SEED, Asked, Edit, Generation, Mix, Portion
 from craftor.serving.settings import SIZE, Serving
-from craftor.serving.upload import Upload, read, read_picture
 from craftor.serving.work import ImageRequest, Share
-from craftor.uploads import UploadRefused
 
 Number = TypeVar("Number", int, float)
 
@@ -39,7 +37,7 @@ class Interpreter:
     def images(self, body: Asked, caller: str, sent: Sent | None = None) -> list[ImageRequest]:
         """All images of a request: mixture by mixture, seeds in order. Canaries are drawn by `caller`.
 
-        `sent` are an `Edit`'s pictures of its object.
+        `sent` are an `Edit`'s pictures.
         """
         limits, defaults = self.settings.limits, self.settings.defaults
         if body.model not in (None, self.settings.name):
@@ -71,8 +69,9 @@ class Interpreter:
         if seed + count - 1 > MAX_SEED:
             raise ApiError(400, f"seed: {seed} + n is over {MAX_SEED}", param="seed", code="invalid_value")
         size = self.size(body.size)
-        upload = _upload(body, size) if isinstance(body, Generation) else None
-        control = self._control(body, size) if isinstance(body, Generation) else None
+        files = given.decoded(body) if isinstance(body, Generation) else sent.files if sent is not None else {}
+        upload = given.upload(body, files, size)
+        control = given.control(body, files, size, served=self.settings.controlnet is not None)
         shown = self._shown(body, sent, steps, guidance) if isinstance(body, Edit) and sent is not None else None
         return [
             ImageRequest(
@@ -98,21 +97,6 @@ class Interpreter:
         weight = _at_most(weight, "object_weight", self.settings.limits.guidance_scale)
         first = _at_most(body.object_from or 0, "object_from", steps - 1)
         return None if weight == 0 else Shown(sent.encoder, sent.references, weight, first, sent.regions)
-
-    def _control(self, body: Generation, size: tuple[int, int]) -> Control | None:
-        if body.control_image is None:
-            if body.control_scale is not None:
-                message = "control_scale: goes with control_image"
-                raise ApiError(400, message, param="control_scale", code="invalid_value")
-            return None
-        if self.settings.controlnet is None:
-            message = "control_image: this server has no ControlNet"
-            raise ApiError(400, message, param="control_image", code="unknown_parameter")
-        try:
-            picture, digest = read_picture(body.control_image, "control_image", size)
-        except UploadRefused as error:
-            raise ApiError(400, str(error), param=error.what, code="invalid_value") from None
-        return Control(picture, 1.0 if body.control_scale is None else body.control_scale, digest)
 
     def size(self, text: str | None) -> tuple[int, int]:
         """(height, width) of a request's pictures. Raises ApiError."""
@@ -173,18 +157,6 @@ def check_sizes(settings: Serving, base: Diffuser) -> None:
         assert SIZE.fullmatch(size)
         if any(int(side) % unit for side in size.split("x")):
             raise ValueError(f"limits.sizes: {size}: width and height must be multiples of {unit} for this model")
-
-
-def _upload(body: Generation, size: tuple[int, int]) -> Upload | None:
-    if body.image is None:
-        for param in ("mask", "strength"):
-            if getattr(body, param) is not None:
-                raise ApiError(400, f"{param}: goes with image", param=param, code="invalid_value")
-        return None
-    try:
-        return read(body.image, body.mask, body.strength or 0.8, size)
-    except UploadRefused as error:
-        raise ApiError(400, str(error), param=error.what, code="invalid_value") from None
 
 
 def _text(text: str, param: str, limit: int) -> str:

@@ -1,6 +1,7 @@
 """Uploaded pictures of an object -> what its image encoder takes; of the files nothing but their hashes is left."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -26,6 +27,8 @@ class Sent:
     references: tuple[Reference, ...]
     regions: Float[Tensor, "n H W"] | None
     """Where each may be seen; None for everywhere."""
+    files: Mapping[str, bytes]
+    """What else the form has, by field: a picture to begin from and what steers it."""
 
 
 def read(form: Form, encoder: ObjectEncoder, limits: Limits, metrics: Metrics, size: tuple[int, int]) -> Sent:
@@ -57,7 +60,7 @@ def _read(form: Form, encoder: ObjectEncoder, limits: PictureLimits, size: tuple
         files = {"image": image, "mask": mask, "region": region}
         hashes = {name: hashlib.sha256(file).hexdigest() for name, file in files.items() if file is not None}
         references.append(Reference(encoder.images.pixels(cut_out)[0].clone(), hashes))
-    return Sent(encoder, tuple(references), torch.stack(regions) if regions else None)
+    return Sent(encoder, tuple(references), torch.stack(regions) if regions else None, form.others)
 
 
 def _wrong(param: str, message: str) -> ApiError:

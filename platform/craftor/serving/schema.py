@@ -56,6 +56,10 @@ class Asked(Body):
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     """Of the first image; image k has seed + k, and is the same one alone."""
     scheduler: Literal["ddim", "euler", "dpm_solver_2m"] | None = None
+    strength: float | None = Field(None, gt=0, le=1)
+    """How much of the way from noise is taken; goes with a picture to begin from, by default 0.8."""
+    control_scale: float | None = Field(None, ge=0, le=2)
+    """How much a `control_image` counts, by default 1."""
 
 
 class Generation(Asked):
@@ -65,16 +69,12 @@ class Generation(Asked):
     """A picture to begin from (base64 of a PNG, JPEG or WebP file of the size asked for)."""
     mask: str | None = None
     """Where to draw anew (white) and where to keep the picture (black); goes with `image`."""
-    strength: float | None = Field(None, gt=0, le=1)
-    """How much of the way from noise is taken; goes with `image`, by default 0.8."""
     control_image: str | None = None
     """A picture that the server's ControlNet reads, where it has one (a file as `image`): edges, depth, a pose."""
-    control_scale: float | None = Field(None, ge=0, le=2)
-    """How much it counts; goes with `control_image`, by default 1."""
 
 
 class Edit(Asked):
-    """`POST /v1/images/edits`, but for its files, `image`, `mask` and `region`, which `form` reads."""
+    """`POST /v1/images/edits`, but for its files, which `form` reads and documents."""
 
     object_weight: float | None = Field(None, ge=0, allow_inf_nan=False)
     """How strongly the object guides, as `guidance_scale` does for the prompt and by default equal to it; 0 leaves the

@@ -5,8 +5,6 @@ are: SDEdit (Meng et al. 2022). Under a mask, what is to stay is put back at its
 the rest is drawn anew, around it (Lugmayr et al. 2022, without resampling). Both as diffusers' pipelines do it.
 """
 
-import base64
-import binascii
 import hashlib
 from dataclasses import dataclass
 
@@ -17,7 +15,6 @@ from torch import Tensor
 from craftor import uploads
 from craftor.diffuser import Diffuser
 from craftor.solver import Step, add_noise
-from craftor.uploads import UploadRefused
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,21 +69,23 @@ def encode(base: Diffuser, upload: Upload, noise: Float[Tensor, "c h w"]) -> Kep
     return Kept(latents[0], noise, mask)
 
 
-def read(image: str, mask: str | None, strength: float, size: tuple[int, int]) -> Upload:
-    """Base64 files (with or without `data:` in front) of just this height and width. Raises UploadRefused."""
-    picture, digest = read_picture(image, "image", size)
+def read(
+    image: bytes,
+    mask: bytes | None,
+    strength: float,
+    size: tuple[int, int],
+    names: tuple[str, str] = ("image", "mask"),
+) -> Upload:
+    """Files of just this height and width. Raises UploadRefused naming that of `names` which is at fault."""
+    picture, digest = read_picture(image, names[0], size)
     if mask is None:
         return Upload(picture, None, strength, digest)
-    where, hole = read_picture(mask, "mask", size)
+    where, hole = read_picture(mask, names[1], size)
     return Upload(picture, (where.mean(0, keepdim=True) > 0.5).float(), strength, digest, hole)
 
 
-def read_picture(text: str, param: str, size: tuple[int, int]) -> tuple[Float[Tensor, "3 H W"], str]:
-    """One base64 file: its pixels in [0, 1], and the file's sha256. Raises UploadRefused naming `param`."""
-    try:
-        file = base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
-    except (binascii.Error, ValueError):
-        raise UploadRefused(param, "not base64") from None
+def read_picture(file: bytes, param: str, size: tuple[int, int]) -> tuple[Float[Tensor, "3 H W"], str]:
+    """Its pixels in [0, 1], and the file's sha256. Raises UploadRefused naming `param`."""
     height, width = size
     found = uploads.picture(file, uploads.Limits(size=(width, height)), param)
     return found.image, hashlib.sha256(file).hexdigest()
