@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from craftor import evaluation_files
-from craftor.claims import curves, effects, judging, making, table, testing
+from craftor.claims import curves, effects, grid, judging, making, table, testing
 from craftor.claims.all_pairs import AllPairs
 from craftor.claims.declared import CLAIMS, Claim, Part
 from craftor.claims.effects import Effect, contrast, crossed, together, verdict_of
 from craftor.claims.methods import IMAGES, METHODS, REFERENCE, Budget, Images, Method, recipe_of
 from craftor.claims.testing import ClaimsError
 from craftor.locate import shipped_recipe
-from craftor.recipe import RecipeError
+from craftor.recipe import RecipeError, load
 from craftor_rewards.pick_score import PickScore
 
 
@@ -29,7 +29,8 @@ def test_every_image_named_is_declared_and_every_method_used() -> None:
         assert claim.parts or claim.cost
     assert set(testing.methods_of(IMAGES)) == set(METHODS)
     used = {images for claim in CLAIMS.values() for images in testing.images_of(claim)}
-    assert set(testing.methods_of(used)) == set(METHODS), "no method is trained for nothing"
+    grid = {method for claim in CLAIMS.values() for method in claim.grid}
+    assert {*testing.methods_of(used), *grid} == set(METHODS), "no method is trained for nothing"
     assert list(CLAIMS) == [f"C{number}" for number in range(1, 11)]
 
 
@@ -43,7 +44,7 @@ def test_methods_differ_in_what_they_say_and_share_the_budget(tmp_path: Path) ->
             continue
         recipes[name] = recipe_of(name, 2, budget, tmp_path)
     core_seconds = {n: r.run.num_steps * METHODS[n].seconds for n, r in recipes.items()}
-    assert all(abs(found / core_seconds["textcraftor"] - 1) < 0.04 for found in core_seconds.values()), core_seconds
+    assert all(abs(found / core_seconds["textcraftor"] - 1) < 0.05 for found in core_seconds.values()), core_seconds
     many = recipes["ddpo"].task.samples_per_prompt
     assert {r.run.batch_size * (many if n == "ddpo" else 1) for n, r in recipes.items()} == {24}
     assert {r.seed for r in recipes.values()} == {2} and not any(r.register_as for r in recipes.values())
@@ -118,7 +119,7 @@ def test_costs_are_shared_between_claims() -> None:
     assert sum(row["more"] for row in rows.values()) < 90 * 60
 
 
-def write_images(folder: Path, gain: float, seed: int) -> None:
+def write_images(folder: Path, gain: float, seed: int, metric: str = "pick") -> None:
     """An evaluation of 20 prompts; tuned images score `gain` more than the base, those at half weight half as much."""
     generator = np.random.default_rng(seed)
     images = []
@@ -128,7 +129,7 @@ def write_images(folder: Path, gain: float, seed: int) -> None:
             made = {"base": base, "tuned": base + gain + noise[0]}
             made |= {"w0.5": base + gain / 2 + noise[1]} if image == 0 and number < 12 else {}
             images += [
-                {"number": number, "prompt": "a", "seed": image, "variant": variant, "pick": score, "feature": [1.0]}
+                {"number": number, "prompt": "a", "seed": image, "variant": variant, metric: score, "feature": [1.0]}
                 for variant, score in made.items()
             ]
     about = {"prompts": {"num": 20}, "num_seeds": 2}
@@ -136,6 +137,33 @@ def write_images(folder: Path, gain: float, seed: int) -> None:
     for part, numbers in enumerate(evaluation_files.parts(20)):
         packed = evaluation_files.pack([image for image in images if image["number"] in numbers])
         evaluation_files.write_part(folder, part, packed)
+
+
+def test_the_grid_shows_where_an_encoder_is_trained_and_where_used(
+    tmp_path: Path, tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: dict[str, tuple[int, int]] = {}
+
+    def evaluate(recipe: Any, tuned: list[Any], folder: Path, *_: Any) -> None:
+        scored[folder.name] = tuned[0].steps
+        write_images(folder, 0.4 if folder.name.startswith("one") else -0.4, 1, metric="clip")
+        (folder / "summary.json").write_text("{}")
+
+    recipe = load(tiny_recipe, {"evaluation.prompts": str(tiny_recipe)})
+    monkeypatch.setattr(making, "evaluate", evaluate)
+    monkeypatch.setattr(grid, "last_of", lambda *_: (recipe, str(tmp_path)))
+    monkeypatch.setattr(grid, "asked_recipe", lambda *_: recipe)
+    budget = Budget(num_prompts=6, workers=0)
+    grid.score(("one", "other"), budget, tmp_path)
+    assert len(scored) == 8
+    assert [scored[f"one-in-{used}-0"] for used in ("its-own", "0.5", "0.75", "1")] == [(2, 4), (2, 4), (1, 4), (0, 4)]
+    rows = grid.measure(("one", "other"), tmp_path)
+    assert [row["used"] for row in rows[:4]] == [[2, 4], [2, 4], [1, 4], [0, 4]]
+    assert rows[0]["clip"]["ci95"][0] > 0.2 and rows[4]["clip"]["ci95"][1] < -0.2 and "quality" not in rows[0]
+    assert grid.draw(tmp_path / "C9.png", rows).stat().st_size > 10_000
+    scored.clear()
+    grid.score(("one", "third"), budget, tmp_path)
+    assert len(scored) == 4, "what is scored is left alone"
 
 
 def test_a_claim_is_judged_by_its_images(tmp_path: Path, tiny_recipe: Path) -> None:

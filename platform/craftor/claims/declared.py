@@ -38,6 +38,8 @@ class Claim:
     curve_of: str = "preference"
     strips: str = ""
     """Images that are shown by weight, from base to tuned."""
+    grid: tuple[str, ...] = ()
+    """Methods that differ in their window, earlier ones first, which are shown by where they are used."""
 
 
 def _over(one: str, other: str, metrics: Mapping[str, Rule]) -> tuple[Part, ...]:
@@ -113,6 +115,7 @@ CLAIMS: dict[str, Claim] = {
             *_over("two_windows", "textcraftor", {"accuracy": "above"}),
             *_over("two_windows", "middle", {"quality": "above"}),
         ),
+        grid=("first", "middle", "later", "textcraftor", "first_10", "middle_10", "last_10"),
     ),
     "C10": Claim(
         "Matched pairs mend what PickScore over all pairs breaks; the gain is mostly the empty prompt's",

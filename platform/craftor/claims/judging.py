@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from craftor import evaluation_files
-from craftor.claims import cost, curves, strips
+from craftor.claims import cost, curves, grid, strips
 from craftor.claims.declared import Claim, Part
 from craftor.claims.effects import Effect, NotMeasured, contrast, crossed, together, values, verdict_of
-from craftor.claims.making import CURVE_PROMPTS, images_dir, last_of, run_dir, steps_between
-from craftor.claims.methods import Budget
+from craftor.claims.making import images_dir, last_of, run_dir, steps_between
+from craftor.claims.methods import FEW_PROMPTS, Budget
 from craftor.evaluate import Tuned, used_steps
 from craftor.evaluation_files import Evaluated
 from craftor.recipe import load_run
@@ -41,6 +41,9 @@ def judge(name: str, claim: Claim, budget: Budget, out: Path) -> dict[str, Any]:
         grown = {method: _curve(method, claim.curve_of, budget, out) for method in claim.curves}
         curves.draw(out / f"{name}.png", claim.curve_of, grown)
         judged["time_to_reward"] = curves.time_to_reward(grown)
+    if claim.grid:
+        judged["grid"] = grid.measure(claim.grid, out)
+        grid.draw(out / f"{name}.png", judged["grid"])
     if claim.strips:
         shown = [images_dir(claim.strips, seed, out) for seed in range(budget.num_seeds)]
         strips.draw(out / f"{name}.png", shown, ("aesthetic", "quality", "clip", "accuracy"))
@@ -65,8 +68,8 @@ def _curve(method: str, metric: str, budget: Budget, out: Path) -> curves.Curve:
         steps = steps_between(method, seed, out)
         found = [evaluation_files.read(images_dir(f"{method}-at-{step}", seed, out)) for step in steps]
         last = evaluation_files.read(images_dir(method, seed, out))
-        grids = [values(last, "base", metric), *(values(images, "tuned", metric) for images in found)]
-        rows.append([np.nanmean(grid[:CURVE_PROMPTS, 0]) for grid in (*grids, values(last, "tuned", metric))])
+        scores = [values(last, "base", metric), *(values(images, "tuned", metric) for images in found)]
+        rows.append([np.nanmean(each[:FEW_PROMPTS, 0]) for each in (*scores, values(last, "tuned", metric))])
     runs = [run_dir(method, seed, out) for seed in range(budget.num_seeds)]
     return curves.curve(runs, [*steps, load_run(runs[0]).run.num_steps], np.array(rows))
 

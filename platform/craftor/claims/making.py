@@ -9,9 +9,6 @@ from craftor.job import resume, train
 from craftor.locate import absolute
 from craftor.recipe import Recipe, Tuning, load_run
 
-CURVE_PROMPTS = 48
-"""Prompts by which checkpoints are scored, one image each: the first of those that the whole evaluation has."""
-
 
 def train_where_missing(method: str, seed: int, budget: Budget, out: Path) -> None:
     folder = run_dir(method, seed, out)
@@ -51,15 +48,17 @@ def steps_between(method: str, seed: int, out: Path) -> list[int]:
 
 def score_at(step: int, method: str, seed: int, budget: Budget, out: Path) -> None:
     """Score what a checkpoint makes of the first prompts."""
-    folder = images_dir(f"{method}-at-{step}", seed, out)
-    if (folder / "summary.json").exists():
-        return
-    recipe = asked_recipe(method, seed, budget, out)
-    few = {"evaluation.num_prompts": min(CURVE_PROMPTS, budget.num_prompts), "evaluation.num_seeds": 1}
-    few_asked = absolute(changed(recipe.data_of(), few, f"claims: images {method}"))
     there = run_dir(method, seed, out) / "checkpoints" / checkpoint.folder_name(step)
+    recipe = asked_recipe(method, seed, budget, out)
     tuned = Tuned(str(there.resolve()), 1.0, used_steps(recipe))
-    evaluate(few_asked, [tuned], folder, max(1, budget.workers), Asked(num_kept=0, num_strips=0))
+    score_few(tuned, recipe, images_dir(f"{method}-at-{step}", seed, out), budget)
+
+
+def score_few(tuned: Tuned, recipe: Recipe, folder: Path, budget: Budget) -> None:
+    """Score the first prompts, one image each, where that has not been done."""
+    if not (folder / "summary.json").exists():
+        few = absolute(changed(recipe.data_of(), budget.few, f"claims: images {folder.name}"))
+        evaluate(few, [tuned], folder, max(1, budget.workers), Asked(num_kept=0, num_strips=0))
 
 
 def asked_recipe(name: str, seed: int, budget: Budget, out: Path) -> Recipe:

@@ -45,6 +45,7 @@ _ENCODER, _UNET = {"method": "full"}, {"method": "full", "lr": 5e-5}
 
 NUM_POINTS = 3
 """Checkpoints of a run, whose images show how it grew."""
+FEW_PROMPTS = 48
 METHODS: dict[str, Method] = {
     "textcraftor": Method(),
     "direct": Method(
@@ -69,6 +70,11 @@ METHODS: dict[str, Method] = {
     "original_null": Method(changes={"task.window.null": "original"}),
     "last_10": Method(changes={"task.window": {"last": 10}}, seconds=3.0),
     "middle": Method(changes={"task.window": {"start": 5, "stop": 10}}, seconds=3.5),
+    # For the grid of C9 alone. A window's cost grows with the steps after it, through which the gradient passes.
+    "first": Method(changes={"task.window": {"first": 5}}, seconds=4.0),
+    "later": Method(changes={"task.window": {"start": 10, "stop": 15}}, seconds=3.0),
+    "first_10": Method(changes={"task.window": {"first": 10}}, seconds=4.0),
+    "middle_10": Method(changes={"task.window": {"start": 5, "stop": 15}}, seconds=3.5),
 }
 
 
@@ -114,6 +120,11 @@ class Budget:
     """Stands in for `micro_textcraftor.toml`: another model's recipe; its rewards have the same names."""
     pairs: str | None = None
     """Image-caption pairs for direct fine-tuning; by default renders of the micro world."""
+
+    @property
+    def few(self) -> dict[str, int]:
+        """What is scored of what only a picture shows, or a grid: the first prompts, an image of each."""
+        return {"evaluation.num_prompts": min(FEW_PROMPTS, self.num_prompts), "evaluation.num_seeds": 1}
 
     def steps_of(self, method: str) -> int:
         """Optimiser steps at equal compute."""

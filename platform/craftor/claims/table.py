@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from craftor.claims.declared import Claim
-from craftor.claims.methods import IMAGES, METHODS, Budget
+from craftor.claims.grid import cells
+from craftor.claims.methods import FEW_PROMPTS, IMAGES, METHODS, NUM_POINTS, Budget
 from craftor.claims.testing import images_of, methods_of
 from craftor.statistics import decimals
 from craftor.verdict import interval, number
@@ -41,13 +42,19 @@ def _shown(row: Mapping[str, Any]) -> str:
 
 def costs(claims: Mapping[str, Claim], budget: Budget) -> list[dict[str, Any]]:
     """Estimated seconds by claim: all that it needs, and what is not shared with a claim before it."""
-    done: set[tuple[str, str]] = set()
+    done: set[tuple[Any, ...]] = set()
     rows = []
     for name, claim in claims.items():
+        needed: dict[tuple[Any, ...], float]
         needed = {("train", method): _training(method, budget) for method in methods_of(images_of(claim))}
         needed |= {("evaluate", images): _evaluation(images, budget) for images in images_of(claim)}
+        methods = methods_of(images_of(claim))
+        of_one_seed = [method for method in claim.grid if method not in methods]
+        needed |= {("grid", method): _training(method, budget) / budget.num_seeds for method in of_one_seed}
+        needed |= {("grown", method): (NUM_POINTS - 1) * budget.num_seeds * _few(budget) for method in claim.curves}
+        needed |= {("cell", cell.method, cell.used): _few(budget) for cell in cells(claim.grid)}
         rows.append(
-            {"id": name, "methods": methods_of(images_of(claim))}
+            {"id": name, "methods": [*methods, *of_one_seed]}
             | {"seconds": sum(needed.values())}
             | {"more": sum(seconds for key, seconds in needed.items() if key not in done)}
         )
@@ -64,3 +71,8 @@ def _evaluation(images: str, budget: Budget) -> float:
     strips = 3 * min(IMAGES[images].num_strips, budget.num_prompts)
     made = 2 * budget.num_prompts * budget.num_images + strips
     return budget.num_seeds * (START_EVALUATION + SECONDS_PER_IMAGE * made)
+
+
+def _few(budget: Budget) -> float:
+    """Of a checkpoint's images, or a cell's."""
+    return START_EVALUATION + SECONDS_PER_IMAGE * 2 * min(FEW_PROMPTS, budget.num_prompts)

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from craftor.claims import judging, making
+from craftor.claims import grid, judging, making
 from craftor.claims.declared import CLAIMS, Claim
 from craftor.claims.methods import IMAGES, METHODS, Budget, recipe_of
 from craftor.cluster import ray_session
@@ -72,6 +72,10 @@ def test(claims: Mapping[str, Claim], budget: Budget, out: Path) -> dict[str, An
             for method in sorted({method for claim in possible.values() for method in claim.curves}):
                 for step in making.steps_between(method, seed, out):
                     making.score_at(step, method, seed, budget, out)
+        for claim in possible.values():
+            for method in claim.grid:
+                making.train_where_missing(method, grid.SEED, budget, out)
+            grid.score(claim.grid, budget, out)
     return {
         "machine": machine(),
         "python": platform.python_version(),
@@ -91,7 +95,7 @@ def _refused(claims: Mapping[str, Claim], budget: Budget, out: Path) -> dict[str
     found = {}
     for name, claim in claims.items():
         try:
-            for method in methods_of(images_of(claim)):
+            for method in (*methods_of(images_of(claim)), *claim.grid):
                 recipe_of(method, 0, budget, making.pairs(budget, out))
             for images in images_of(claim):
                 making.asked_recipe(images, 0, budget, out)
