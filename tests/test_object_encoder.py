@@ -230,7 +230,7 @@ def test_a_region_is_read_at_any_size_and_refused_where_it_is_nowhere(tmp_path: 
     (tmp_path / "text.png").write_text("no picture")
     place = Shown(tmp_path / "x.png", region=tmp_path / "right.png").place(8)
     assert place.tolist() == [[0, 0, 0, 0, 1, 1, 1, 1]] * 8
-    for name, message in (("black.png", "black everywhere"), ("text.png", "region: ")):
+    for name, message in (("black.png", "region: black everywhere"), ("text.png", "region: ")):
         with pytest.raises(RecipeError, match=f"{name}: {message}"):
             Shown(tmp_path / "x.png", region=tmp_path / name).place(8)
 

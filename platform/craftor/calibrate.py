@@ -8,6 +8,7 @@ import numpy as np
 import psutil
 import torch
 
+from craftor.allocation import keep_freed_memory
 from craftor.estimate import Prediction, Work, counting
 from craftor.memory import own_peak_memory
 from craftor.recipe import Recipe
@@ -27,6 +28,7 @@ def predict(recipe: Recipe, work: Work) -> Prediction:
     """
     torch.set_num_threads(recipe.workers.threads)
     task = build(recipe)
+    keep_freed_memory()
     share = -(-recipe.run.batch_size // recipe.workers.most)
     at_once = min(share, recipe.run.micro_batch or share)
     rows = sample_rows(task.diffuser.tokenize([PROMPT] * min(at_once, SAMPLES)), recipe)

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from craftor import evaluation_files, objective, seeds, trainable
+from craftor.allocation import keep_freed_memory
 from craftor.baselines import methods
 from craftor.baselines.sampling import Base
 from craftor.decode import decode
@@ -84,6 +85,7 @@ class Scorer:
         self.referee = Referee.load(locate("micro:referee"))
         base = Base(self.diffuser, task.rollout, self.recipe.seed)
         self.methods = methods.build(self.recipe.evaluation.methods, base, self.rewards)
+        keep_freed_memory()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """One part: its number and its prompts as JSON -> the same number and its images as Parquet."""

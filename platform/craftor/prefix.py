@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from craftor import seeds
+from craftor.allocation import keep_freed_memory
 from craftor.denoise import Guided, Prompt, State, sample
 from craftor.diffuser import load
 from craftor.embed import embed
@@ -53,6 +54,7 @@ class PrefixActor:
         self.stop = self.settings.window.span(self.guided.num_steps).start
         with torch.no_grad():
             self.null = self.diffuser.null()
+        keep_freed_memory()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return self.passing(batch, [self.stop])[self.stop]

@@ -20,6 +20,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError, Unserializab
 from ray.runtime_env import RuntimeEnv
 from torch import Tensor, nn
 
+from craftor.allocation import keep_freed_memory
 from craftor.locate import locate
 from craftor.reward_settings import Reward as RewardSettings
 from craftor_rewards import build
@@ -48,6 +49,7 @@ class RewardActor:
         self.reward = build(kind, locate(weights), **(options or {}))
         if isinstance(self.reward, nn.Module):
             self.reward.to(self.device)
+        keep_freed_memory()
 
     def differentiable(self) -> bool:
         return self.reward.differentiable

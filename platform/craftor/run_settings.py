@@ -18,7 +18,7 @@ class Model(Section):
     """Arithmetic of the decoder while training; fp16 is too narrow for many a decoder."""
     attention: Literal["auto", "xformers", "sdpa", "eager"] = "auto"
     channels_last: bool | None = None
-    """Layout of images in UNet and decoder; by default channels last where that is faster on CPU, in fp32."""
+    """Layout of images in UNet and decoder; by default channels last on CPU, but for what has group norms in bf16."""
     compile: bool = False
     """Compile the UNet: minutes once, faster steps after."""
     gradient_checkpointing: bool = False

@@ -33,6 +33,7 @@ from craftor import (
     stream,
     validation,
 )
+from craftor.allocation import keep_freed_memory
 from craftor.collective import agreed, average_gradients, first_says, gather
 from craftor.interruption import Next
 from craftor.recipe import Recipe, Reward, RewardTuning, Tuning
@@ -98,6 +99,7 @@ def _steps(config: dict[str, Any], run_dir: Path) -> None:
     device = get_device() if recipe.workers.gpu else torch.device("cpu")
     task = build(recipe, device, elsewhere)
     task.assert_frozen()
+    keep_freed_memory()
     blank = sharding.shard(task, device) if recipe.workers.strategy == "fsdp" else None
     trained = checkpoint.trained(task.module)
     groups = [

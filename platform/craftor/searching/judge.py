@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from craftor import seeds
+from craftor.allocation import keep_freed_memory
 from craftor.decode import decode
 from craftor.denoise import Prompt, State
 from craftor.diffuser import Diffuser, load
@@ -57,6 +58,7 @@ def judge_base(recipe: dict[str, Any], folder: str, earliest: int) -> None:
     settings = Recipe.model_validate(recipe)
     torch.set_num_threads(settings.workers.threads)
     judge = Judge(settings, load(settings.model, "cuda" if settings.workers.gpu else "cpu"))
+    keep_freed_memory()
     judge.walk_base(earliest)
     out.mkdir(parents=True, exist_ok=True)
     save_file(judge.states, out / STATES)

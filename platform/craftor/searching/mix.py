@@ -17,6 +17,7 @@ import torch
 from ray import tune
 
 from craftor import checkpoint, registry, tracking, trainable
+from craftor.allocation import keep_freed_memory
 from craftor.cluster import ray_session
 from craftor.diffuser import Diffuser
 from craftor.diffuser import load as load_diffuser
@@ -144,6 +145,7 @@ class MixTrial(tune.Trainable):
             )
             for ingredient in config["ingredients"]
         }
+        keep_freed_memory()
 
     def step(self) -> dict[str, Any]:
         means = self.judge.means(self.judge.scores(self._members()))

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from craftor.allocation import keep_freed_memory
 from craftor.denoise import Guided
 from craftor.diffuser import Diffuser
 from craftor.serving import buckets
@@ -43,6 +44,7 @@ class Engine:
         self.base, self.settings, self.observer, self.controlnet = base, settings, observer, controlnet
         self.embeddings = Embeddings(base, settings.cached_prompts)
         torch.set_num_threads(settings.threads)
+        keep_freed_memory()
         if base.compile:
             torch._dynamo.config.recompile_limit = 64  # of sizes and buckets together; what is beyond runs as it is
             base.unet.compile(dynamic=False)  # shapes are few, and `prepare` meets them all before anybody waits

@@ -1,0 +1,55 @@
+"""Kernels and layouts that are chosen for speed: the same numbers, but for rounding."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from craftor.decode import decode
+from craftor.diffuser import Diffuser, _is_faster_channels_last, load
+from craftor.recipe import Model
+
+
+def last(module: nn.Module) -> bool:
+    weights = [m.weight for m in module.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]
+    return all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+
+
+def in_bf16(tiny: Path, **settings: bool) -> Diffuser:
+    return load(Model(path=str(tiny / "pipeline"), precision="bf16", **settings))
+
+
+def test_attention_in_bfloat16_takes_its_softmax_in_float32(tiny: Path) -> None:
+    attention = next(module for module in in_bf16(tiny).unet.modules() if isinstance(module, Attention))
+    query, key = (torch.randn(8, 50, 24, generator=torch.Generator().manual_seed(i)).bfloat16() for i in (0, 1))
+    found = attention.get_attention_scores(query, key)
+    exact = (query.double() @ key.double().mT * attention.scale).bfloat16().double().softmax(-1)
+    assert found.dtype == torch.bfloat16 and attention.upcast_softmax
+    assert (found - exact).abs().max() <= 2**-8 * exact.max()
+    whole = load(Model(path=str(tiny / "pipeline"))).unet
+    assert not any(m.upcast_softmax for m in whole.modules() if isinstance(m, Attention)), "nothing to gain"
+
+
+@pytest.mark.parametrize(
+    ("family", "precision", "device", "faster"),
+    [
+        (AutoencoderTiny, "bf16", "cpu", True),
+        (AutoencoderTiny, "bf16", "cuda", False),
+        (AutoencoderKL, "bf16", "cpu", False),
+        (AutoencoderKL, "fp32", "cpu", True),
+    ],
+)
+def test_channels_last_where_no_group_norm_suffers(family: type, precision: str, device: str, faster: bool) -> None:
+    model = Model(path="anywhere", precision=precision)
+    assert _is_faster_channels_last(family(), model, torch.device(device)) == faster
+
+
+def test_the_layout_changes_pictures_by_rounding_alone(tiny: Path) -> None:
+    ours, plain = in_bf16(tiny), in_bf16(tiny, channels_last=False)
+    assert not last(ours.unet), "it has group norms" and not last(plain.vae)
+    latents = torch.randn((2, *ours.latent_shape), generator=torch.Generator().manual_seed(0))
+    one, other = (decode(each.vae, latents, torch.bfloat16) for each in (ours, plain))
+    torch.testing.assert_close(one, other, rtol=0, atol=2**-6)
