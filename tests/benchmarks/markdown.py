@@ -97,8 +97,12 @@ def objects(details: Mapping) -> str:
     for own in details["compared"]:
         if "verdict" not in own:
             continue
-        if "effect" not in own:
+        if "reason" in own:
             rows.append(f"| {own['said']} | | | | | **{own['verdict']}**: {own['reason']} |")
+            continue
+        if "ci95" not in own:
+            said = f"| {own['said']} | {own['metric'].replace('_', ' ')} | {own['encoder']:.3g} | {own['other']:.3g} "
+            rows.append(f"{said}| | **{own['verdict']}** |")
             continue
         low, high = own["ci95"]
         change = f"{own['effect']:+.2f} [{low:+.2f}, {high:+.2f}]"
