@@ -66,9 +66,11 @@ def replays(details: Mapping) -> str:
 
 def rates(details: Mapping) -> str:
     """Images a second at saturation, by workload and server."""
-    names = ("continuous", "grouped", "compiled", "wide", "serial")
+    names = ("continuous", "plain", "grouped", "compiled", "wide", "serial")
     size = {"grouped": details["batch_size_of_grouped"], "wide": details["batch_size_of_wide"]}
-    title = {"continuous": "the engine", "serial": "one at a time"} | {k: f"batches of {v}" for k, v in size.items()}
+    title = {"continuous": "the engine", "plain": "the engine, not compiled", "serial": "one at a time"} | {
+        k: f"batches of {v}" for k, v in size.items()
+    }
     title["compiled"] = f"{title['grouped']}, compiled"
     rows = [
         f"| {workload} | {' | '.join(_spread(own[name]) if name in own else '' for name in names)} |"
@@ -77,7 +79,7 @@ def rates(details: Mapping) -> str:
     head = [
         "",
         f"| images/s: median (least, most) | {' | '.join(map(title.get, names))} |",
-        "|---|---|---|---|---|---|",
+        f"|{'---|' * (1 + len(names))}",
     ]
     return "\n".join([*head, *rows])
 
@@ -187,6 +189,7 @@ FIGURES: dict[str, dict[str, tuple[str, str, str]]] = {
         "w3_over_batch": ("w3, and mixed guidance: the same", ".2f", "≥ 2"),
         "w3_over_wide_batch": ("w3 over a `serve.batch` that takes four times as many, to find equals", ".2f", ""),
         "w3_over_compiled_batch": ("w3 over a `serve.batch` whose UNet is compiled for each size of group", ".2f", ""),
+        "w3_plain_over_batch": ("w3 of an engine that is not compiled over a `serve.batch` that is not", ".2f", ""),
         "w4_over_batch": ("w4, and mixtures of four encoders: over `serve.batch`", ".2f", "≥ 2.2"),
         "w4_over_serial": ("w4 over one at a time", ".2f", "≥ 2.2"),
         "w5_over_batch": ("w5, a fifth of w4's requests cancelled: over `serve.batch`", ".2f", ""),

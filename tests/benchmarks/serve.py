@@ -7,8 +7,9 @@ seed in turn (`serving_load`); overload, soak, promotion and fuzzing against the
 `grouped` takes as many requests as fill the engine's UNet call when they have equal parameters. `wide` takes four times
 as many, to find more equals among them: with few combinations of parameters that is a better batch, if the device holds
 it; among mixtures nobody finds equals. The engine's UNet is compiled, as its one size of call allows; the others run
-diffusers' pipelines as they come, and `compiled` is `grouped` with a UNet compiled for each size that w3's groups have
-(half a minute for every one, in a run before the one that is measured).
+diffusers' pipelines as they come. On equal footing are `plain`, an engine that is not compiled, with `grouped`, and the
+engine with `compiled`: `grouped` with a UNet compiled for each size that w3's groups have (half a minute for every one,
+in a run before the one that is measured).
 """
 
 import argparse
@@ -36,6 +37,8 @@ from craftor.serving.settings import EngineSettings
 from craftor.serving.work import ImageRequest, Share
 
 WORKLOADS = ("w1", "w2", "w3", "w4", "w5", "w6")
+W3_ALONE = ("plain", "wide", "compiled")
+"""Servers that only w3 is put to."""
 
 
 class Overhead:
@@ -144,6 +147,7 @@ def in_process(arguments: argparse.Namespace, console: Console) -> tuple[dict, d
     figures |= {
         "w3_over_wide_batch": ratio(rates["w3"], "continuous", "wide"),
         "w3_over_compiled_batch": ratio(rates["w3"], "continuous", "compiled"),
+        "w3_plain_over_batch": ratio(rates["w3"], "plain", "grouped"),
         "w4_of_ceiling": float(np.median(shares)),
         "w4_p95_over_solo": p95 / float(np.percentile(alone, 95)),
         "engine_overhead": overhead,
@@ -179,6 +183,8 @@ def print_rates(arguments: argparse.Namespace, console: Console) -> None:
             console.print(
                 f"{name} over {other}: {ratio(rates[name], 'continuous', other):.3f} ({each})", highlight=False
             )
+        if "plain" in rates[name]:
+            console.print(f"{name} of neither compiled: {ratio(rates[name], 'plain', 'grouped'):.3f}", highlight=False)
 
 
 def engine_settings(arguments: argparse.Namespace) -> EngineSettings:
@@ -191,10 +197,12 @@ def noisy_shares(base: Diffuser) -> list[Share]:
 
 
 def servers_of(engine: Engine) -> list[Continuous | Grouped]:
-    """The engine; batches that fill the same call; the same, compiled; four times as wide; one request at a time."""
+    """The engine, and one not compiled; batches that fill its call, the same compiled, wide ones; one at a time."""
     size, base = max(1, engine.capacity // 2), load(MODEL)
+    plain = Engine(load(MODEL).hold_rounded(), engine.settings).start()
     return [
-        Continuous(engine),
+        Continuous(engine, "continuous"),
+        Continuous(plain, "plain"),
         Grouped(base, "grouped", size),
         Grouped(base, "compiled", size, compiled=True),
         Grouped(base, "wide", 4 * size),
@@ -210,7 +218,7 @@ def saturated(
     encoders: list[Share],
 ) -> tuple[dict[str, dict[str, list[float]]], list[float], list[float]]:
     """Images/s of each workload and server, seed by seed; in w4 the engine's share of full calls, and their seconds."""
-    kept = {name: [s for s in servers if s.name not in ("wide", "compiled") or name == "w3"] for name in names}
+    kept = {name: [s for s in servers if s.name not in W3_ALONE or name == "w3"] for name in names}
     rates: dict[str, dict[str, list[float]]] = {name: {s.name: [] for s in own} for name, own in kept.items()}
     shares: list[float] = []
     calls: list[float] = []

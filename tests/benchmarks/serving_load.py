@@ -90,10 +90,8 @@ class Server(Protocol):
 class Continuous:
     """The engine."""
 
-    name = "continuous"
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, name: str) -> None:
+        self.engine, self.name = engine, name
         self._rows: dict[Future, Row] = {}
 
     def submit(self, request: ImageRequest) -> Future:
@@ -109,6 +107,7 @@ class Continuous:
 
     def stop(self) -> None:
         self._rows.clear()
+        self.engine.stop()
 
 
 class Grouped:
