@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--plain-cnn", type=Path, help="A run whose image encoder is a plain convolutional classifier.")
     parser.add_argument("--no-captions", type=Path, help="A run on pairs whose captions say nothing.")
     parser.add_argument("--gauged", type=int, default=256, help="Held-out pictures for the losses.")
-    parser.add_argument("--drawn", type=int, default=100, help="Held-out identities, each drawn into one scene.")
+    parser.add_argument("--drawn", type=int, default=200, help="Held-out identities, each drawn into one scene.")
     parser.add_argument("--fitted", type=int, default=10, help="Of them Textual Inversion and DreamBooth learn; or 0.")
     parser.add_argument("--scenes", type=int, default=10, help="Scenes for each of these.")
     parser.add_argument("--object-weight", type=float, default=4.0)
