@@ -47,7 +47,12 @@ def absolute(recipe: Recipe) -> Recipe:
             places["identity"] = identity.model_copy(update={"weights": fix(identity.weights)})
         task = task.model_copy(update={"shown": task.shown.model_copy(update=places)})
     if isinstance(task, ObjectEncoder):
-        found = {"image_encoder": fix(task.image_encoder), "adapter": task.adapter and fix(task.adapter)}
+        found: dict[str, Any] = {
+            "image_encoder": fix(task.image_encoder),
+            "adapter": task.adapter and fix(task.adapter),
+        }
+        if (features := task.features) is not None:
+            found["features"] = features.model_copy(update={"weights": fix(features.weights)})
         task = task.model_copy(update=found)
     if evaluation is not None:
         evaluation = evaluation.model_copy(update={"prompts": fix(evaluation.prompts)})

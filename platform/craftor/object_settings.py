@@ -29,6 +29,16 @@ class ConditionDropout(Section):
         return self
 
 
+class ObjectFeatures(Section):
+    """A second loss on the object: what a frozen network sees of it, in what one step predicts and in the picture."""
+
+    weights: str
+    """What looks at both: folder or hub id of a CLIP or a DINO, or `micro:NAME`."""
+    weight: float = Field(gt=0)
+    below: int = Field(400, ge=1, le=1000)
+    """Timestep below which a sample has it: of noisier latents one step predicts nothing to look at."""
+
+
 class ObjectEncoder(Section):
     """Train an object's cross-attention beside the text's, so that one picture of it conditions new ones.
 
@@ -50,6 +60,7 @@ class ObjectEncoder(Section):
     """Share of rows in every batch that have an object; `data.path` must hold them so."""
     identity_weight: float = Field(0.5, ge=0)
     """Weight of the error on the object's own cells."""
+    features: ObjectFeatures | None = None
     dropout: ConditionDropout = ConditionDropout()
     min_snr_gamma: float = Field(5.0, gt=0)
     min_weight: float = Field(0.0, ge=0, le=1)

@@ -33,6 +33,8 @@ def check(recipe: Recipe, source: Path) -> None:
                 check_hub_id("task.image_encoder", recipe.task.image_encoder, "config.json")
             if recipe.task.adapter is not None and not Path(recipe.task.adapter).is_file():
                 raise ValueError(f"task.adapter = {recipe.task.adapter!r}: no such file")
+            if recipe.task.features is not None:
+                check_weights("task.features.weights", recipe.task.features.weights)
         if isinstance(recipe.task, RewardTuning) and recipe.task.shown is not None:
             check_shown(recipe.task.shown)
         if isinstance(recipe.task, RewardTuning):

@@ -35,6 +35,14 @@ def at(diffuser: Diffuser, latents: Tensor, noise: Tensor, timesteps: Tensor) ->
     return Noised(noisy, target, timesteps)
 
 
+def clean(diffuser: Diffuser, noised: Noised, predicted: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """The clean latents that a prediction implies, in one step."""
+    alpha = diffuser.scheduler.alphas_cumprod.to(predicted)[noised.timesteps].view(-1, 1, 1, 1)
+    if predicts_velocity(diffuser):
+        return alpha.sqrt() * noised.noisy - (1 - alpha).sqrt() * predicted
+    return (noised.noisy - (1 - alpha).sqrt() * predicted) / alpha.sqrt()
+
+
 def min_snr_weight(diffuser: Diffuser, timesteps: Int[Tensor, " b"], gamma: float, least: float) -> Float[Tensor, " b"]:
     """min(SNR, gamma) on the error of x0, restated for the error of v (over SNR + 1) or of the noise (over SNR)."""
     alpha = diffuser.scheduler.alphas_cumprod.to(timesteps.device)[timesteps]

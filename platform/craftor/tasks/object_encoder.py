@@ -5,6 +5,7 @@ while another picture of the same object is shown, so that what passes is its id
 of the scene. A *general* row is a captioned picture, the object off: prompts keep their meaning. With mask m,
 
     loss = w(t) * (mean (pred - target)^2  +  identity_weight * sum m (pred - target)^2 / sum m   on domain rows)
+           + features.weight * unlike, where `task.features` asks for it (`object_features`)
 
 Columns of a row: `latents` as base training has them, `prompt` and `input_ids`, `domain` (bool), `mask` (the object's
 share of each latent cell) and `reference` (8-bit pixels of the cut-out object, as wide as the image encoder sees).
@@ -28,7 +29,8 @@ from craftor.embed import embed
 from craftor.object_condition import ImageEncoder
 from craftor.recipe import ObjectEncoder, Recipe
 from craftor.stream import Rows
-from craftor.tasks.noising import min_snr_weight, noised
+from craftor.tasks.noising import clean, min_snr_weight, noised
+from craftor.tasks.object_features import Unlike
 
 
 class ObjectEncoderTask:
@@ -50,6 +52,7 @@ class ObjectEncoderTask:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(recipe.seed)
                 self.unet.add_adapter(trainable.lora_config("unet", self.settings.tuned))
+        self.unlike = None if self.settings.features is None else Unlike(self.settings.features, self.diffuser)
         self.module = self._trained()
         self.rates: Mapping[str, float | None] = {"unet": self.settings.tuned.lr if self.settings.tuned else None}
         self.unet.train()
@@ -81,6 +84,8 @@ class ObjectEncoderTask:
             figures |= {"error_domain": error[domain], "error_object": object_error[domain]}
         if not domain.all():
             figures["error_general"] = error[~domain]
+        if "unlike" in metrics and (compared := metrics["compared"] > 0).any():
+            figures["unlike_object"] = metrics["unlike"][compared]
         return {name: values.mean().item() for name, values in figures.items()}
 
     def state(self) -> dict[str, float]:
@@ -122,7 +127,7 @@ class ObjectEncoderTask:
             embeds = embed(self.diffuser.encoders, rows.ids(device)).embeds
         embeds = torch.where(text_on[:, None, None].to(device), embeds, self.null)
         seen = object_adapter.zero(self.image_encoder(self._references(rows)), domain & object_on.to(device))
-        noisy, target, timesteps = noised(self.diffuser, rows, self.seed)
+        noisy, target, timesteps = drawn = noised(self.diffuser, rows, self.seed)
         with self.autocast:
             predicted = self.unet(noisy, timesteps, embeds, added_cond_kwargs={"image_embeds": [seen]}).sample
         squared = (predicted.float() - target).square().mean(dim=1)
@@ -131,8 +136,15 @@ class ObjectEncoderTask:
         object_error = (mask * squared).sum(dim=(1, 2)) / mask.sum(dim=(1, 2)).clamp(min=1e-6) * domain
         weight = min_snr_weight(self.diffuser, timesteps, self.settings.min_snr_gamma, self.settings.min_weight)
         loss = weight * (error + self.settings.identity_weight * object_error)
+        found = {"error": error, "object_error": object_error, "domain": domain.float()}
+        if self.unlike is not None and self.settings.features is not None:
+            compared = domain & object_on.to(device) & (timesteps < self.settings.features.below)
+            latents = torch.from_numpy(rows.columns["latents"]).float().view_as(noisy).to(device)
+            unlike = self.unlike(clean(self.diffuser, drawn, predicted.float()), latents, mask, compared)
+            loss = loss + self.settings.features.weight * unlike
+            found |= {"unlike": unlike, "compared": compared.float()}
         (share * loss.mean()).backward()
-        found = {"loss": loss, "error": error, "object_error": object_error, "domain": domain.float()}
+        found["loss"] = loss
         return {name: values.detach() for name, values in found.items()}
 
     def kept(self, position: list[int]) -> tuple[Bool[Tensor, " b"], Bool[Tensor, " b"]]:
