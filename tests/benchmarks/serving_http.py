@@ -118,8 +118,10 @@ def main() -> None:
     from craftor.serving.settings import parse
 
     settings = parse(json.loads(path.read_text()), str(path))
+    quiet: dict[str, Any] = {"log_level": "error", "access_log": False}
     with service(settings) as one:
-        uvicorn.run(build_app(one), host="127.0.0.1", port=settings.http.port, log_level="error", access_log=False)
+        # As on Ray Serve; uvicorn's own 5 s are httpx's too, so that one may hang up as the other begins to ask.
+        uvicorn.run(build_app(one), host="127.0.0.1", port=settings.http.port, timeout_keep_alive=90, **quiet)
 
 
 if __name__ == "__main__":
