@@ -47,9 +47,11 @@ def test_channels_last_where_no_group_norm_suffers(family: type, precision: str,
     assert _is_faster_channels_last(family(), model, torch.device(device)) == faster
 
 
-def test_the_layout_changes_pictures_by_rounding_alone(tiny: Path) -> None:
-    ours, plain = in_bf16(tiny), in_bf16(tiny, channels_last=False)
-    assert not last(ours.unet), "it has group norms" and not last(plain.vae)
+def test_the_layout_changes_pictures_by_rounding_alone() -> None:
+    """Of the micro model, whose decoder is a tiny one."""
+    ours, plain = (load(Model(path="micro:base", precision="bf16", channels_last=asked)) for asked in (None, False))
+    assert last(ours.vae) and not last(plain.vae)
+    assert not last(ours.unet), "it has group norms"
     latents = torch.randn((2, *ours.latent_shape), generator=torch.Generator().manual_seed(0))
     one, other = (decode(each.vae, latents, torch.bfloat16) for each in (ours, plain))
-    torch.testing.assert_close(one, other, rtol=0, atol=2**-6)
+    torch.testing.assert_close(one, other, rtol=0, atol=2**-5)

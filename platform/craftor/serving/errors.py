@@ -45,6 +45,11 @@ class ApiError(Exception):
         return JSONResponse(self.body, self.status, self.headers)
 
 
+def invalid(param: str, message: str) -> ApiError:
+    """A value that is not allowed; the message need not repeat whose."""
+    return ApiError(400, f"{param}: {message}", param=param, code="invalid_value")
+
+
 def _sayable(text: str) -> str:
     """JSON can spell half a character (`"\\ud800"`), which no answer that quotes it could be sent with."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -13,7 +13,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
-from craftor.serving.errors import ApiError
+from craftor.serving.errors import ApiError, invalid
 from craftor.serving.schema import Edit
 
 TEXTS = ("prompt", "negative_prompt")
@@ -62,7 +62,7 @@ async def read(request: Request) -> Form:
         raise ApiError(400, "missing parameter: image", param="image", code="missing_parameter")
     for name in ONCE:
         if len(files[name]) > 1:
-            raise _wrong(name, f"{len(files[name])} files, allowed: one")
+            raise invalid(name, f"{len(files[name])} files, allowed: one")
     once = {name: files[name][0] for name in ONCE if files[name]}
     return Form(body, tuple(files["image"]), once.pop("mask", None), tuple(files["region"]), once)
 
@@ -72,10 +72,10 @@ async def _files(form: FormData) -> dict[str, list[bytes]]:
     for name, value in form.multi_items():
         if isinstance(value, UploadFile):
             if name not in FILES:
-                raise _wrong(name, "a file, allowed: text" if name in Edit.model_fields else "not supported here")
+                raise invalid(name, "a file, allowed: text" if name in Edit.model_fields else "not supported here")
             found[FILES[name]].append(await value.read())
         elif name in FILES and value:
-            raise _wrong(FILES[name], "text, allowed: a file")
+            raise invalid(FILES[name], "text, allowed: a file")
     return found
 
 
@@ -93,11 +93,11 @@ def _fields(form: FormData) -> dict[str, Any]:
             elif isinstance(inside := mix.setdefault(encoder, {}), dict):
                 inside[key] = value
         elif name in fields:
-            raise _wrong(name, "given twice")
+            raise invalid(name, "given twice")
         else:
             fields[name] = _json(name, value) if name in ("mix", "sweep") else value
     if mix and "mix" in fields:
-        raise _wrong("mix", "given twice, as JSON and in brackets")
+        raise invalid("mix", "given twice, as JSON and in brackets")
     return fields | ({"mix": mix} if mix else {})
 
 
@@ -115,10 +115,6 @@ def _edit(fields: Mapping[str, Any]) -> Edit:
     except ValidationError as error:
         found = error.errors(include_context=False)
         raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in found]) from None
-
-
-def _wrong(name: str, message: str) -> ApiError:
-    return ApiError(400, f"{name}: {message}", param=name, code="invalid_value")
 
 
 def document() -> dict[str, Any]:

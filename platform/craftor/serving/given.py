@@ -5,7 +5,7 @@ import binascii
 from collections.abc import Mapping
 
 from craftor.serving.control import Control
-from craftor.serving.errors import ApiError
+from craftor.serving.errors import ApiError, invalid
 from craftor.serving.schema import Asked, Generation
 from craftor.serving.upload import Upload, read, read_picture
 from craftor.uploads import UploadRefused
@@ -24,7 +24,7 @@ def decoded(body: Generation) -> Files:
                     text.partition(",")[2] if text.startswith("data:") else text, validate=True
                 )
             except (binascii.Error, ValueError):
-                raise _wrong(name, "not base64") from None
+                raise invalid(name, "not base64") from None
     return found
 
 
@@ -34,7 +34,7 @@ def upload(body: Asked, files: Files, size: tuple[int, int]) -> Upload | None:
     if image not in files:
         for name, value in ((mask, files.get(mask)), ("strength", body.strength)):
             if value is not None:
-                raise _wrong(name, f"goes with {image}")
+                raise invalid(name, f"goes with {image}")
         return None
     try:
         return read(files[image], files.get(mask), body.strength or 0.8, size, (image, mask))
@@ -46,7 +46,7 @@ def control(body: Asked, files: Files, size: tuple[int, int], *, served: bool) -
     """What steers it, where a ControlNet is `served`. Raises ApiError."""
     if "control_image" not in files:
         if body.control_scale is not None:
-            raise _wrong("control_scale", "goes with control_image")
+            raise invalid("control_scale", "goes with control_image")
         return None
     if not served:
         message = "control_image: this server has no ControlNet"
@@ -56,7 +56,3 @@ def control(body: Asked, files: Files, size: tuple[int, int], *, served: bool) -
     except UploadRefused as error:
         raise ApiError(400, str(error), param=error.what, code="invalid_value") from None
     return Control(picture, 1.0 if body.control_scale is None else body.control_scale, digest)
-
-
-def _wrong(param: str, message: str) -> ApiError:
-    return ApiError(400, f"{param}: {message}", param=param, code="invalid_value")

@@ -69,7 +69,7 @@ class Interpreter:
         if seed + count - 1 > MAX_SEED:
             raise ApiError(400, f"seed: {seed} + n is over {MAX_SEED}", param="seed", code="invalid_value")
         size = self.size(body.size)
-        files = given.decoded(body) if isinstance(body, Generation) else sent.files if sent is not None else {}
+        files = sent.files if sent is not None else given.decoded(body) if isinstance(body, Generation) else {}
         upload = given.upload(body, files, size)
         control = given.control(body, files, size, served=self.settings.controlnet is not None)
         shown = self._shown(body, sent, steps, guidance) if isinstance(body, Edit) and sent is not None else None

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from craftor.customize_files import read_reference, read_region
-from craftor.serving.errors import ApiError
+from craftor.serving.errors import ApiError, invalid
 from craftor.serving.form import Form
 from craftor.serving.metrics import Metrics
 from craftor.serving.objects import ObjectEncoder, Reference
@@ -37,14 +37,14 @@ def read(form: Form, encoder: ObjectEncoder, limits: Limits, metrics: Metrics, s
     Raises ApiError 400 naming the file at fault.
     """
     if (count := len(form.images)) > limits.references:
-        raise _wrong("image", f"image: {count} pictures of the object, allowed: up to {limits.references}")
+        raise invalid("image", f"{count} pictures of the object, allowed: up to {limits.references}")
     if (places := len(form.regions)) not in (0, count):
-        raise _wrong("region", f"region: {places} for {count} images, allowed: none, or one for each")
+        raise invalid("region", f"{places} for {count} images, allowed: none, or one for each")
     try:
         sent = _read(form, encoder, PictureLimits(limits.edit_bytes, limits.picture_pixels), size)
     except UploadRefused as error:
         metrics.references.labels("refused").inc()
-        raise _wrong(error.what, str(error)) from None
+        raise ApiError(400, str(error), param=error.what, code="invalid_value") from None
     metrics.references.labels("read").inc(count)
     return sent
 
@@ -61,7 +61,3 @@ def _read(form: Form, encoder: ObjectEncoder, limits: PictureLimits, size: tuple
         hashes = {name: hashlib.sha256(file).hexdigest() for name, file in files.items() if file is not None}
         references.append(Reference(encoder.images.pixels(cut_out)[0].clone(), hashes))
     return Sent(encoder, tuple(references), torch.stack(regions) if regions else None, form.others)
-
-
-def _wrong(param: str, message: str) -> ApiError:
-    return ApiError(400, message, param=param, code="invalid_value")

@@ -137,11 +137,11 @@ class ObjectEncoderTask:
         weight = min_snr_weight(self.diffuser, timesteps, self.settings.min_snr_gamma, self.settings.min_weight)
         loss = weight * (error + self.settings.identity_weight * object_error)
         found = {"error": error, "object_error": object_error, "domain": domain.float()}
-        if self.unlike is not None and self.settings.features is not None:
-            compared = domain & object_on.to(device) & (timesteps < self.settings.features.below)
-            latents = torch.from_numpy(rows.columns["latents"]).float().view_as(noisy).to(device)
-            unlike = self.unlike(clean(self.diffuser, drawn, predicted.float()), latents, mask, compared)
-            loss = loss + self.settings.features.weight * unlike
+        if self.unlike is not None:
+            compared = domain & object_on.to(device) & (timesteps < self.unlike.settings.below)
+            x0, latents = (clean(self.diffuser, drawn, output) for output in (predicted.float(), target))
+            unlike = self.unlike(x0, latents, mask, compared)
+            loss = loss + self.unlike.settings.weight * unlike
             found |= {"unlike": unlike, "compared": compared.float()}
         (share * loss.mean()).backward()
         found["loss"] = loss
