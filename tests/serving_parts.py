@@ -21,6 +21,7 @@ from craftor.serving.engine import Engine
 from craftor.serving.service import Service
 from craftor.serving.work import Row
 from craftor.tasks.object_encoder import ObjectEncoderTask
+from waiting import wait_for
 
 
 def tuned_module(base: Diffuser, seed: int, strength: float = 0.3) -> torch.nn.Module:
@@ -87,10 +88,7 @@ def drain(engine: Engine, rows: Sequence[Row], *, seconds: float = 60) -> list[t
 
 def encoded(rows: Sequence[Row]) -> None:
     """Wait until the prompts of these rows are encoded."""
-    until = time.monotonic() + 30
-    while not all(row.encoded for row in rows):
-        assert time.monotonic() < until
-        time.sleep(0.001)
+    wait_for(lambda: all(row.encoded for row in rows))
 
 
 @contextmanager
@@ -99,10 +97,7 @@ def listening(service: Service) -> Iterator[str]:
     server = uvicorn.Server(uvicorn.Config(build_app(service), port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    until = time.monotonic() + 30
-    while not server.started:
-        assert time.monotonic() < until, "uvicorn does not start"
-        time.sleep(0.01)
+    wait_for(lambda: server.started)
     try:
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:

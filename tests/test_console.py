@@ -3,13 +3,13 @@
 import io
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from craftor.console import Pace, Tail, follow, rewards_of, table
+from waiting import wait_for
 
 
 def record(step: int, **more: float) -> dict:
@@ -24,19 +24,12 @@ def plain() -> Console:
     return Console(file=io.StringIO(), force_terminal=False, width=200)
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened in a minute"
-        time.sleep(0.02)
-
-
 def test_every_record_once_and_drained_on_leaving(tmp_path: Path) -> None:
     path, seen = tmp_path / "metrics.jsonl", []
     with follow(path, 5, on_line=lambda r: seen.append(r["step"]), console=plain()):
         time.sleep(0.05)  # the file does not exist yet
         path.write_text(lines(1, 2))
-        wait_until(lambda: seen == [1, 2])
+        wait_for(lambda: seen == [1, 2])
         with path.open("a") as file:
             file.write(lines(3, 4, 5))
     assert seen == [1, 2, 3, 4, 5]

@@ -24,6 +24,7 @@ from craftor.tracking import client
 from craftor.versions import UnknownEncoder
 from encoder_bundles import make_bundle, new_store, recipe_for, register
 from serving_parts import replicas, write_tuned_bundle
+from waiting import wait_for
 
 ROOT = Path(__file__).parents[1]
 
@@ -212,22 +213,14 @@ def test_replicas_agree_cancel_follow_come_back_and_end(url: str, folder: Path) 
     assert served_styles(url) == {"1"}
     client(folder / "runs").set_registered_model_alias("style", "champion", "2")
     assert httpx.post(f"{url}/v1/encoders/refresh", timeout=30).status_code == 202
-    until = time.monotonic() + 30
-    while (styles := served_styles(url)) != {"2"} and time.monotonic() < until:
-        time.sleep(0.2)
-    assert styles == {"2"}, "the replica that looks has told the other"
+    wait_for(lambda: served_styles(url) == {"2"})  # the replica that looks tells the other
 
     before = replicas()
     assert len(before) == 2
     before[0].kill()
-    began = time.monotonic()
-    while time.monotonic() - began < 60:
-        statuses = [ask(url, **body).status_code for _ in range(4)]
-        if len(replicas()) == 2 and before[0] not in replicas() and statuses == [200] * 4:
-            break
-        time.sleep(0.5)
+    wait_for(lambda: len(now := replicas()) == 2 and before[0] not in now)
+    wait_for(lambda: all(ask(url, **body).status_code == 200 for _ in range(4)))
     assert ask(url, **body).json()["data"] == answers[0]
-    assert len(replicas()) == 2 and time.monotonic() - began < 60
 
     last: list[httpx.Response] = []
     waiting = threading.Thread(target=lambda: last.append(ask(url, steps=1000, n=2)))

@@ -20,7 +20,8 @@ from craftor import job, storage, tracking
 from craftor.recipe import load
 from craftor.run_files import notes
 from craftor.straggler import FACTOR, STEPS, Pace
-from watched_runs import SHORT, TWO, assert_undisturbed, doing, long_epochs, num_steps, processes, wait_for
+from waiting import wait_for
+from watched_runs import SHORT, TWO, assert_undisturbed, doing, long_epochs, num_steps, processes
 
 
 @pytest.mark.ray

@@ -19,7 +19,8 @@ import pytest
 import patient
 from craftor import checkpoint, job, ledger
 from craftor.recipe import load
-from watched_runs import TRAIN, assert_close, end, last_step, long_epochs, num_steps, num_workers, wait_for
+from waiting import wait_for
+from watched_runs import TRAIN, assert_close, end, last_step, long_epochs, num_steps, num_workers
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[1]

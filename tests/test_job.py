@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -22,6 +21,7 @@ from craftor import checkpoint, job, ledger, registry, tracking
 from craftor.fit import TrainingStopped
 from craftor.recipe import RecipeError, load
 from craftor.run_files import METRICS
+from waiting import wait_for
 from watched_runs import processes
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
@@ -191,15 +191,6 @@ def assert_same_run(ours: Path, expected: Path) -> None:
 
 def lines_written(out: Path) -> list[str]:
     return (out / METRICS).read_text().splitlines()
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 600) -> None:
-    """Long: beside other lanes of tests a process may take minutes to start."""
-    started = time.monotonic()
-    while not condition():
-        assert process.poll() is None, f"the run ended by itself with {process.returncode}"
-        assert time.monotonic() - started < seconds, "waited too long"
-        time.sleep(0.05)
 
 
 def kill_tree(process: subprocess.Popen) -> None:

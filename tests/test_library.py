@@ -16,6 +16,7 @@ from craftor.serving.watcher import Seen, Watcher
 from craftor.serving.work import ImageRequest, Share
 from craftor.tracking import TrackingUnreachable
 from serving_parts import drain, encoded, write_tuned_bundle
+from waiting import wait_for
 
 
 class Registry:
@@ -131,11 +132,8 @@ def test_what_is_new_in_the_registry_is_served_too(registry: Registry, base: Dif
     assert list(library.problems) == ["odd"], "what cannot be used is said, and nothing else is lost"
 
 
-def wait_for(version: str, *libraries: Library) -> None:
-    until = time.monotonic() + 20
-    while time.monotonic() < until and any(one.find("style").version != version for one in libraries):
-        time.sleep(0.01)
-    assert [one.find("style").version for one in libraries] == [version] * len(libraries)
+def served(version: str, *libraries: Library) -> None:
+    wait_for(lambda: all(one.find("style").version == version for one in libraries))
 
 
 def test_the_watcher_looks_at_once_when_hinted(registry: Registry, base: Diffuser) -> None:
@@ -143,7 +141,7 @@ def test_the_watcher_looks_at_once_when_hinted(registry: Registry, base: Diffuse
     watcher = Watcher([library], seconds=3600)
     registry.champion = "2"
     watcher.hint()
-    wait_for("2", library)
+    served("2", library)
     assert watcher.problem is None
     watcher.stop()
     assert "has ended" in str(watcher.problem)
@@ -163,13 +161,13 @@ def test_one_replica_looks_for_all_and_another_where_it_ends(registry: Registry,
     registry.champion = "2"
     for watcher in watchers:
         watcher.hint()
-    wait_for("2", *libraries)
+    served("2", *libraries)
     assert registry.looks == looks + 1
     first, registry.champion = 1, "1"
     watchers.pop(0).stop()
     for watcher in watchers:
         watcher.hint()
-    wait_for("1", *libraries[1:])
+    served("1", *libraries[1:])
     assert registry.looks == looks + 2 and libraries[0].find("style").version == "2"
     for watcher in watchers:
         watcher.stop()

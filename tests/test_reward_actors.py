@@ -33,6 +33,7 @@ from craftor.reward_settings import RUNTIME_ENV, Reward
 from craftor.run_files import METRICS
 from craftor.scoring import ScoreAndGradient, inline
 from craftor_rewards import build
+from waiting import wait_for
 
 WAIT_SECONDS = 120
 PROMPTS = [f"a {colour} star" for colour in ("red", "blue", "green", "yellow", "white")]
@@ -184,7 +185,7 @@ def test_a_call_that_a_killed_actor_was_at_is_made_again(
 ) -> None:
     """`kill -9` while the actor computes: another process answers, and later calls find it."""
     wait = rewards["left"](images, ["hang once", *PROMPTS[1:]], torch.ones(5))
-    await_file(shared / "hanging")
+    wait_for((shared / "hanging").exists)
     os.kill(int((shared / "left.pid").read_text()), signal.SIGKILL)
     scores, gradient = wait()
     torch.testing.assert_close(scores, images.mean((1, 2, 3)))
@@ -372,10 +373,3 @@ def actor_processes() -> list[psutil.Process]:
             if any(RewardActor.__name__ in part for part in process.cmdline()):
                 found.append(process)
     return found
-
-
-def await_file(path: Path) -> None:
-    started = time.monotonic()
-    while not path.exists():
-        assert time.monotonic() - started < WAIT_SECONDS, f"no {path}"
-        time.sleep(0.02)

@@ -14,7 +14,8 @@ import pytest
 
 import patient
 from craftor import ledger
-from watched_runs import TRAIN, TWO, assert_same_weights, end, last_step, lines, long_epochs, num_steps, wait_for
+from waiting import wait_for
+from watched_runs import TRAIN, TWO, assert_same_weights, end, last_step, lines, long_epochs, num_steps
 
 pytestmark = pytest.mark.ray
 HOME, NUM_STEPS = "s3://runs/tiny", TWO["run.num_steps"]
@@ -65,7 +66,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
         command = [sys.executable, "-c", SERVER, str(port), str(made.trouble), str(made.refused)]
         server = subprocess.Popen(command, stdout=log, stderr=log)
     try:
-        wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0, server, 60)
+        wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0, server)
         bucket = "import fsspec; fsspec.filesystem('s3').makedirs('runs')"
         subprocess.run([sys.executable, "-c", bucket], env=env, check=True, timeout=60)
         yield made

@@ -15,7 +15,8 @@ import pytest
 
 from craftor import checkpoint
 from craftor.run_files import METRICS
-from watched_runs import end, num_steps, wait_for
+from waiting import wait_for
+from watched_runs import end, num_steps
 
 pytestmark = pytest.mark.ray
 RAY = Path(sys.executable).with_name("ray")
@@ -100,7 +101,7 @@ def test_submit_follow_stop_and_submit_again(head: Head, tiny_recipe: Path, tmp_
     begun = head.submit("train", str(tiny_recipe), "--out", str(out), *sets, submission_id="first", wait=False)
     assert begun.returncode == 0, begun.stderr
     try:
-        wait_for(lambda: num_steps(out) > 1, seconds=90)
+        wait_for(lambda: num_steps(out) > 1)
     except AssertionError:
         print(head.ray("job", "logs", "--address", head.address, "first").stdout)
         raise

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,14 +43,6 @@ class doing:
             self.work()
         except (AssertionError, OSError) as error:
             self.error = error
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen | None = None, seconds: float = 300) -> None:
-    started = time.monotonic()
-    while not condition():
-        assert process is None or process.poll() is None, f"it ended by itself with {process.returncode}"
-        assert time.monotonic() - started < seconds, "waited too long"
-        time.sleep(0.05)
 
 
 def long_epochs(folder: Path, num_rows: int = 80) -> dict[str, str]:
