@@ -7,7 +7,8 @@ import torch
 
 from craftor import calibrate
 from craftor.devices import DEVICES
-from craftor.estimate import Prediction, calls, count, counting, predict, summary
+from craftor.estimate import Prediction, calls, count, predict, summary
+from craftor.flops import counting
 from craftor.locate import shipped_recipe
 from craftor.memory import graph_size
 from craftor.recipe import Denoising, Recipe, RecipeError, load

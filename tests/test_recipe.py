@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from craftor.overrides import parse_override
 from craftor.preflight import FORMATS, REWARD_KINDS, check
 from craftor.prompts import FORMATS as READERS
-from craftor.recipe import Recipe, RecipeError, RewardTuning, load, parse_override
+from craftor.recipe import Recipe, RecipeError, RewardTuning, load
 from craftor_rewards import REWARDS
 
 # What `craftor serve` reads has a schema of its own.

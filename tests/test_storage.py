@@ -13,7 +13,7 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from craftor import checkpoint, job, storage
+from craftor import checkpoint, job, storage, storage_checks
 from craftor.recipe import load
 from craftor.run_files import METRICS, notes
 from craftor.saver import CheckpointMissed, Saver
@@ -115,11 +115,11 @@ def test_what_a_full_folder_holds_stays_whole(tmp_path: Path, monkeypatch: pytes
 
 def test_a_home_that_cannot_be_one_is_refused() -> None:
     with pytest.raises(StorageError, match=r"run.storage = 'nowhere://x': Protocol not known"):
-        storage.refuse_if_used("nowhere://x")
-    storage.refuse_if_used(URL)
+        storage_checks.refuse_if_used("nowhere://x")
+    storage_checks.refuse_if_used(URL)
     fsspec.filesystem("memory").pipe_file("/home/run/recipe.toml", b"")
     with pytest.raises(StorageError, match=f"holds another run; .* craftor train --resume {URL}"):
-        storage.refuse_if_used(URL)
+        storage_checks.refuse_if_used(URL)
 
 
 @pytest.mark.ray

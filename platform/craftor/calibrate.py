@@ -9,7 +9,8 @@ import psutil
 import torch
 
 from craftor.allocation import keep_freed_memory
-from craftor.estimate import Prediction, Work, counting
+from craftor.estimate import Prediction, Work
+from craftor.flops import counting
 from craftor.memory import own_peak_memory
 from craftor.recipe import Recipe
 from craftor.stream import IDS, Rows

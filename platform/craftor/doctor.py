@@ -15,7 +15,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
-from craftor import __version__, preflight, storage, tracking
+from craftor import __version__, preflight, storage, storage_checks, tracking
 from craftor.cluster import alive_nodes
 from craftor.recipe import Recipe, RecipeError, Validation
 
@@ -180,7 +180,7 @@ def attention(reports: Mapping[str, Any]) -> Finding:
 def home_finding(url: str, nodes: list[dict[str, Any]]) -> Finding:
     """Writable and atomic from every node."""
     try:
-        storage.check_shared(url, nodes)
+        storage_checks.check_shared(url, nodes)
     except storage.StorageError as error:
         return Finding("storage", "failure", str(error), "credentials on every node, free space, a URL all can reach")
     return Finding("storage", "ok", f"{url}: written, renamed and read from {len(nodes)} node(s)")

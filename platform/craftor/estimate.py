@@ -4,7 +4,7 @@ The work of every part of a step is counted, not timed: torch's FLOP counter on 
 weights (on the meta device), and on one real image for the rewards. A device then does a share of its peak.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,12 +13,11 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from craftor.devices import Device
+from craftor.flops import Part, measure
 from craftor.locate import locate
-from craftor.onednn import FLOPS
 from craftor.plan import plan
 from craftor.recipe import PolicyGradient, Recipe, RecipeError, RewardTuning
 from craftor.replay import kept_steps
@@ -31,24 +30,6 @@ NETWORK_BYTES = 12.5e9
 """Per second between nodes: 100 Gbit/s."""
 SAMPLES_DRAWN = 64
 """Windows that are drawn at random are averaged over so many samples."""
-
-ATTENTION_FLOPS: dict[Any, Callable[..., int]] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda gradient, q, k, v, *_, **__: (
-        sdpa_backward_flop_count(gradient, q, k, v)
-    ),
-}
-"""torch's counter knows the fused kernels of GPUs alone."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """One sample through one module: operations forth and back, bytes its graph keeps, its parameters."""
-
-    forward: float
-    backward: float
-    graph_bytes: float
-    parameters: int
 
 
 @dataclass(frozen=True)
@@ -193,6 +174,10 @@ def pipeline_parts(recipe: Recipe) -> dict[str, Part]:
     return parts
 
 
+def _embeds(encoder: nn.Module, ids: Tensor) -> Tensor:
+    return encoder(ids)[0]
+
+
 def image_side(recipe: Recipe) -> int:
     """Pixels of an image's side."""
     folder = locate(recipe.model.path)
@@ -212,53 +197,6 @@ def reward_parts(recipe: Recipe, side: int) -> list[Part]:
             module = reward.requires_grad_(False) if isinstance(reward, nn.Module) else nn.Identity()
             parts.append(measure(module, partial(reward, image, ["a picture"])))
     return parts
-
-
-class Whole:
-    """In place of torch's tracker of modules, whose hooks refuse gradients asked for at a module's own input."""
-
-    parents = frozenset({"Global"})
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-
-def counting() -> FlopCounterMode:
-    """A counter of all operations in its block, whatever module they are in."""
-    counter: Any = FlopCounterMode(display=False, custom_mapping={**FLOPS, **ATTENTION_FLOPS})
-    counter.mod_tracker = Whole()
-    return counter
-
-
-def _embeds(encoder: nn.Module, ids: Tensor) -> Tensor:
-    return encoder(ids)[0]
-
-
-def measure(module: nn.Module, run: Callable[[], Tensor]) -> Part:
-    """Count a call forth and back; storages are told apart by identity, for on the meta device they have no address."""
-    own = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
-    held: dict[int, Any] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            held[storage._cdata] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        with counting() as counter:
-            output = run()
-        forward = counter.get_total_flops()
-    size = sum(storage.nbytes() for storage in held.values())
-    backward = 0
-    if output.requires_grad:
-        with counting() as counter:
-            output.sum().backward()
-        backward = counter.get_total_flops()
-    return Part(forward, backward, size, sum(parameter.numel() for parameter in module.parameters()))
 
 
 def summary(recipe: Recipe, found: Prediction, device: str, num_workers: int) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""A pydantic validation error -> one line a recipe's author can act on."""
+"""What is said of a recipe that cannot run: a pydantic validation error -> one line its author can act on."""
 
 from typing import Any
 
@@ -9,6 +9,10 @@ KINDS = (
     *("prompt_engineering", "best_of"),
 )
 """Discriminators of unions show up in locations; a reader of the file never wrote them there."""
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot run; the message names the file, the key, the value and what is allowed."""
 
 
 def explain(error: Any, schema: type[BaseModel]) -> str:

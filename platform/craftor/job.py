@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tomli_w
 
-from craftor import checkpoint, inputs, preflight, registry, storage, tracking, validation
+from craftor import checkpoint, inputs, preflight, registry, storage, storage_checks, tracking, validation
 from craftor.cluster import alive_nodes, await_workers, ray_session
 from craftor.console import follow
 from craftor.diffuser import load as load_diffuser
@@ -42,7 +42,7 @@ def train(recipe: Recipe, source: Path, run_dir: Path) -> Trained:
             f"that run by: craftor train --resume {run_dir}"
         )
     if recipe.run.storage is not None:
-        storage.refuse_if_used(recipe.run.storage)
+        storage_checks.refuse_if_used(recipe.run.storage)
     connected = tracking.client(run_dir.parent)
     run_dir.mkdir(parents=True, exist_ok=True)
     recipe = absolute(recipe)
@@ -137,7 +137,7 @@ def _check_cluster(recipe: Recipe, run_dir: Path) -> None:
     """Raises TooFewResources or StorageError; one node shares everything with itself."""
     await_workers(recipe.workers)
     if len(nodes := alive_nodes()) > 1:
-        storage.check_shared(recipe.run.storage or str(run_dir), nodes)
+        storage_checks.check_shared(recipe.run.storage or str(run_dir), nodes)
 
 
 def sync(run_dir: Path) -> Trained:

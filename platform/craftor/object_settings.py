@@ -69,6 +69,15 @@ class ObjectEncoder(Section):
     def tuned(self) -> Part | None:
         return None if self.unet == "frozen" else self.unet
 
+    def check_batch(self, size: int) -> None:
+        """Raises ValueError where `domain_share` of a batch is no whole number of rows."""
+        num = self.domain_share * size
+        if abs(num - round(num)) > 1e-6:
+            raise ValueError(
+                f"task.domain_share = {self.domain_share} of run.batch_size = {size} is {num:g} rows; allowed: a whole "
+                "number of them in every batch"
+            )
+
 
 class Identity(Section):
     """One more reward, named `identity`: how alike an object and the picture it was shown for are, -1 to 1."""

@@ -9,9 +9,10 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 
 from craftor.baselines.settings import BestOf
-from craftor.explain import explain
+from craftor.explain import RecipeError, explain
 from craftor.guards import Guards
 from craftor.object_settings import ObjectEncoder
+from craftor.overrides import override
 from craftor.rollout import Rollout, Section, Window
 from craftor.run_settings import Data, Evaluation, Model, Optimizer, Register, Run, Validation
 from craftor.searching.settings import MEASURED, Distribution, Search, Value, corners, expand, substitute
@@ -30,6 +31,7 @@ __all__ = [
     "Part",
     "PolicyGradient",
     "Prefix",
+    "RecipeError",
     "Register",
     "Reward",
     "RewardTuning",
@@ -42,10 +44,6 @@ __all__ = [
     "Window",
     "Workers",
 ]  # and the classes below
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot run; the message names the file, the key, the value and what is allowed."""
 
 
 class Recipe(Section):
@@ -115,14 +113,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _objects_mix(self) -> "Recipe":
-        if not isinstance(self.task, ObjectEncoder):
-            return self
-        num = self.task.domain_share * self.run.batch_size
-        if abs(num - round(num)) > 1e-6:
-            raise ValueError(
-                f"task.domain_share = {self.task.domain_share} of run.batch_size = {self.run.batch_size} is {num:g} "
-                "rows; allowed: a whole number of them in every batch"
-            )
+        if isinstance(self.task, ObjectEncoder):
+            self.task.check_batch(self.run.batch_size)
         return self
 
     @property
@@ -243,7 +235,7 @@ def load(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not valid TOML: {error}") from None
     for key, value in (overrides or {}).items():
-        _set(data, key, value, path)
+        override(data, key, value, path)
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
@@ -255,23 +247,3 @@ def load_run(run_dir: Path) -> Recipe:
     if not (run_dir / "recipe.toml").is_file():
         raise RecipeError(f"{run_dir}: no run there (no recipe.toml in it)")
     return load(run_dir / "recipe.toml")
-
-
-def parse_override(text: str) -> tuple[str, Any]:
-    """`a.b=value` -> ("a.b", value); the value is read as TOML, else taken as a string."""
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"--set {text}: expected key.path=value")
-    try:
-        return key, tomllib.loads(f"v = {value}")["v"]
-    except tomllib.TOMLDecodeError:
-        return key, value
-
-
-def _set(data: dict[str, Any], dotted: str, value: Any, path: Path) -> None:
-    *parents, last = dotted.split(".")
-    for parent in parents:
-        data = data.setdefault(parent, {})
-        if not isinstance(data, dict):
-            raise RecipeError(f"{path}: --set {dotted}: {parent} is a value, not a section")
-    data[last] = value

@@ -19,7 +19,7 @@ from benchmarks.craftor_variants import CraftorStep
 from benchmarks.gpu_models import SHAPES, stable_diffusion
 from benchmarks.models import Workload
 from craftor.attention import xformers_obstacle
-from craftor.estimate import counting
+from craftor.flops import counting
 from craftor.quiet import hush
 
 TUNED = {"encoder": {"trains": "text_encoder", "cached": True}, "unet": {"trains": "unet"}}

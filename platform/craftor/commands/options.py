@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from craftor.recipe import parse_override
+from craftor.overrides import parse_override
 
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a recipe key: --set optimizer.lr=1e-4")]
 Out = Annotated[Path | None, typer.Option("--out", help="Run folder; by default runs/<recipe name>")]

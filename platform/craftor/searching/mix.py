@@ -5,7 +5,6 @@ between them. Each encoder has a weight and a window of denoising steps; the bas
 """
 
 import json
-import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,18 +15,16 @@ import tomli_w
 import torch
 from ray import tune
 
-from craftor import checkpoint, registry, tracking, trainable
+from craftor import tracking, trainable
 from craftor.allocation import keep_freed_memory
 from craftor.cluster import ray_session
-from craftor.diffuser import Diffuser
 from craftor.diffuser import load as load_diffuser
 from craftor.locate import absolute
 from craftor.mixture import Member
-from craftor.prefix_cache import weights_digest
-from craftor.quickstart import load_run
 from craftor.quiet import hush
 from craftor.recipe import Recipe, RecipeError, RewardTuning, load
 from craftor.run_files import write_json
+from craftor.searching.ingredients import Ingredient, ingredients
 from craftor.searching.inputs import check
 from craftor.searching.judge import BASE, Judge, judge_base
 from craftor.searching.outcome import reason, require_front
@@ -39,16 +36,6 @@ from craftor.searching.table import TrialTable
 from craftor.searching.tuning import tuned
 
 ENCODERS, MIXTURE = "encoders.json", "mixture.json"
-
-
-@dataclass(frozen=True)
-class Ingredient:
-    """A tuned encoder: its folder and the denoising steps it was trained for, in the search's rollout."""
-
-    name: str
-    source: str
-    folder: str
-    steps: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -82,28 +69,6 @@ def resume_mix(out: Path) -> Mixed:
         raise RecipeError(f"{out}: no search of mixtures to resume there (no {ENCODERS})")
     found = [Ingredient(**{**data, "steps": tuple(data["steps"])}) for data in json.loads((out / ENCODERS).read_text())]
     return _run(load(out / "recipe.toml"), found, out)
-
-
-def ingredients(recipe: Recipe, encoders: Sequence[str], out: Path) -> list[Ingredient]:
-    """Find each encoder. Raises RecipeError for what is none, and for one that was tuned from another base."""
-    assert isinstance(recipe.task, RewardTuning)
-    diffuser = load_diffuser(recipe.model)
-    timesteps = [step.timestep for step in diffuser.guided(recipe.task.rollout).schedule]
-    found: list[Ingredient] = []
-    for source in encoders:
-        folder, description = _open(source, diffuser, out)
-        if description["base"]["text_encoder_sha256"] != weights_digest([diffuser.text_encoder]):
-            raise RecipeError(f"{source}: tuned from another base, {description['base']['model']}")
-        if (folder / "unet").is_dir():
-            raise RecipeError(f"{source}: has a tuned UNet; only encoders are mixed")
-        window = description["window"]
-        steps = [i for i, t in enumerate(timesteps) if window["last_timestep"] <= t <= window["first_timestep"]]
-        if not steps:
-            raise RecipeError(f"{source}: its window {window} holds no step of a rollout of {len(timesteps)}")
-        names = [ingredient.name for ingredient in found]
-        name = description["name"] if description["name"] not in names else f"{description['name']}-{len(names)}"
-        found.append(Ingredient(name, source, str(folder.resolve()), (steps[0], steps[-1] + 1)))
-    return found
 
 
 def mix_space(recipe: Recipe, found: Sequence[Ingredient]) -> dict[str, Distribution]:
@@ -245,21 +210,3 @@ def _log(recipe: Recipe, winner: Tried, files: Sequence[Path], out: Path) -> Non
         for file in files:
             tracker.artifacts(file, "search")
         tracker.finish()
-
-
-def _open(source: str, diffuser: Diffuser, out: Path) -> tuple[Path, dict[str, Any]]:
-    """An encoder's folder and its description, as `encoder.toml` has it."""
-    if source.startswith("models:/"):
-        tracking.client(out.parent)
-        bundle = registry.fetch(source, out / "encoders" / source.removeprefix("models:/").replace("/", "-"))
-        return bundle, tomllib.loads((bundle / "encoder.toml").read_text())
-    folder = Path(source)
-    if (folder / "encoder.toml").is_file():
-        registry.verify_bundle(folder)
-        return folder, tomllib.loads((folder / "encoder.toml").read_text())
-    if not (folder / "recipe.toml").is_file():
-        raise RecipeError(f"{source}: neither a run folder, nor an encoder bundle, nor models:/NAME@ALIAS")
-    trained, last = load_run(folder), checkpoint.latest(folder)
-    if last is None:
-        raise RecipeError(f"{source}: no complete checkpoint in it")
-    return last, registry.describe(trained, load_diffuser(trained.model)) | {"name": folder.name}
