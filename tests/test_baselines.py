@@ -102,7 +102,9 @@ def test_evaluation_compares_methods_and_a_reward_without_gradient_with_the_base
         },
     )
     shutil.copytree(Path(locate("micro:base")) / "text_encoder", tmp_path / "text_encoder")
-    scorer = Scorer(recipe.model_dump(by_alias=True), [{"folder": str(tmp_path), "weight": 1.0, "steps": (1, 2)}], 0)
+    scorer = Scorer(
+        recipe.model_dump(by_alias=True), {"tuned": [{"folder": str(tmp_path), "weight": 1.0, "steps": (1, 2)}]}, 0
+    )
     assert recipe.evaluation is not None
     images = scorer.images(held_out_prompts(recipe.evaluation))
     images.sort(key=lambda image: (image["number"], image["seed"], image["variant"]))

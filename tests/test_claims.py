@@ -119,20 +119,21 @@ def test_costs_are_shared_between_claims() -> None:
     assert sum(row["more"] for row in rows.values()) < 90 * 60
 
 
-def write_images(folder: Path, gain: float, seed: int, metric: str = "pick") -> None:
-    """An evaluation of 20 prompts; tuned images score `gain` more than the base, those at half weight half as much."""
+def write_images(folder: Path, gains: dict[str, float], seed: int, metric: str = "pick") -> None:
+    """An evaluation of 20 prompts; images score their gain more than the base, half the first's at half its weight."""
     generator = np.random.default_rng(seed)
     images = []
     for number in range(20):
         for image in range(2):
-            base, noise = generator.normal(5, 1), generator.normal(0, 0.1, size=2)
-            made = {"base": base, "tuned": base + gain + noise[0]}
-            made |= {"w0.5": base + gain / 2 + noise[1]} if image == 0 and number < 12 else {}
+            base = generator.normal(5, 1)
+            made = {"base": base} | {name: base + gain + generator.normal(0, 0.1) for name, gain in gains.items()}
+            half = base + next(iter(gains.values())) / 2 + generator.normal(0, 0.1)
+            made |= {"w0.5": half} if image == 0 and number < 12 else {}
             images += [
                 {"number": number, "prompt": "a", "seed": image, "variant": variant, metric: score, "feature": [1.0]}
                 for variant, score in made.items()
             ]
-    about = {"prompts": {"num": 20}, "num_seeds": 2}
+    about = {"prompts": {"num": 20}, "num_seeds": 2, "variants": dict.fromkeys(gains), "methods": {}}
     evaluation_files.begin(folder, about)
     for part, numbers in enumerate(evaluation_files.parts(20)):
         packed = evaluation_files.pack([image for image in images if image["number"] in numbers])
@@ -144,32 +145,31 @@ def test_the_grid_shows_where_an_encoder_is_trained_and_where_used(
 ) -> None:
     scored: dict[str, tuple[int, int]] = {}
 
-    def evaluate(recipe: Any, tuned: list[Any], folder: Path, *_: Any) -> None:
-        scored[folder.name] = tuned[0].steps
-        write_images(folder, 0.4 if folder.name.startswith("one") else -0.4, 1, metric="clip")
-        (folder / "summary.json").write_text("{}")
+    def make_images(recipe: Any, variants: dict[str, list[Any]], folder: Path, *_: Any) -> None:
+        assert recipe.evaluation.num_prompts == 6 and recipe.evaluation.num_seeds == 1
+        scored.update({name: tuned[0].steps for name, tuned in variants.items()})
+        write_images(folder, {name: 0.4 if name.startswith("one") else -0.4 for name in variants}, 1, metric="clip")
 
     recipe = load(tiny_recipe, {"evaluation.prompts": str(tiny_recipe)})
-    monkeypatch.setattr(making, "evaluate", evaluate)
+    monkeypatch.setattr(making, "make_images", make_images)
+    monkeypatch.setattr(making, "recipe_of", lambda *_: recipe)
     monkeypatch.setattr(grid, "last_of", lambda *_: (recipe, str(tmp_path)))
-    monkeypatch.setattr(grid, "asked_recipe", lambda *_: recipe)
     budget = Budget(num_prompts=6, workers=0)
     grid.score(("one", "other"), budget, tmp_path)
     assert len(scored) == 8
-    assert [scored[f"one-in-{used}-0"] for used in ("its-own", "0.5", "0.75", "1")] == [(2, 4), (2, 4), (1, 4), (0, 4)]
+    assert [scored[f"one-in-{used}"] for used in ("its-own", "0.5", "0.75", "1")] == [(2, 4), (2, 4), (1, 4), (0, 4)]
     rows = grid.measure(("one", "other"), tmp_path)
     assert [row["used"] for row in rows[:4]] == [[2, 4], [2, 4], [1, 4], [0, 4]]
     assert rows[0]["clip"]["ci95"][0] > 0.2 and rows[4]["clip"]["ci95"][1] < -0.2 and "quality" not in rows[0]
     assert grid.draw(tmp_path / "C9.png", rows).stat().st_size > 10_000
     scored.clear()
     grid.score(("one", "third"), budget, tmp_path)
-    assert len(scored) == 4, "what is scored is left alone"
+    assert {name.partition("-")[0] for name in scored} == {"third"}, "what is scored is left alone"
 
 
 def test_a_claim_is_judged_by_its_images(tmp_path: Path, tiny_recipe: Path) -> None:
     for seed in range(2):
-        write_images(tmp_path / "images" / f"one-{seed}", 0.4, seed)
-        write_images(tmp_path / "images" / f"other-{seed}", 0.1, seed)
+        write_images(tmp_path / "images" / f"both-{seed}", {"one": 0.4, "other": 0.1}, seed)
         for name in ("one", "other"):
             run = tmp_path / f"{name}-{seed}"
             run.mkdir()
@@ -237,6 +237,8 @@ def small(tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ("craftor.claims.testing", "METHODS", methods),
         ("craftor.claims.testing", "IMAGES", images),
         ("craftor.claims.making", "IMAGES", images),
+        ("craftor.claims.making", "SCORED_BY", "one"),
+        ("craftor.claims.testing", "SCORED_BY", "one"),
         ("craftor.claims.testing", "CLAIMS", claims),
     ):
         monkeypatch.setattr(f"{owner}.{name}", stand_in)
@@ -271,7 +273,8 @@ def test_claims_are_tested_once(cluster: None, small: Budget, tmp_path: Path, mo
     assert second["verdict"] == "undecided" and "no recipe none.toml" in second["reason"]
     assert (out / "C1.png").stat().st_size > 10_000
     assert all(row is None or 0 < row["samples"] <= 8 for row in first["time_to_reward"].values())
-    assert (out / "images" / "one-at-1-0" / "summary.json").exists(), "a checkpoint between has been scored"
+    assert making.find_images("one-at-1", 0, out), "a checkpoint between has been scored"
+    assert len(list((out / "images").iterdir())) == 4, "of each seed, the images together, and those of checkpoints"
     lines = table.markdown(found).splitlines()
     assert len(lines) == 4 and f"**{first['verdict']}**" in lines[2] and "**undecided**: claims: method" in lines[3]
     assert json.loads(json.dumps(found)) == found | {"claims": json.loads(json.dumps(found["claims"]))}

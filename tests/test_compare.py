@@ -35,7 +35,7 @@ def write_run(folder: Path, gain: float, **about: Any) -> Path:
     generator = np.random.default_rng(0)
     described = {
         "base_sha256": "b" * 64,
-        "tuned": [{"sha256": "t" * 64, "weight": 1.0, "steps": [2, 4]}],
+        "variants": {"tuned": [{"sha256": "t" * 64, "weight": 1.0, "steps": [2, 4]}]},
         "prompts": {"suite": None, "num": NUM_PROMPTS, "sha256": "p" * 64},
         "seed": 0,
         "num_seeds": 2,

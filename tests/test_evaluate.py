@@ -98,7 +98,7 @@ def without_ray(recipe: Recipe, tuned: list[Tuned], monkeypatch: pytest.MonkeyPa
         evaluation = evaluation.model_copy(update={"num_seeds": about["num_seeds"]})
         changed = recipe.model_copy(update={"evaluation": evaluation, "seed": about["seed"]})
         members = [{"folder": t.folder, "weight": t.weight, "steps": t.steps} for t in tuned]
-        scorer = Scorer(changed.model_dump(by_alias=True), members, about["num_kept"], about["paper"])
+        scorer = Scorer(changed.model_dump(by_alias=True), {"tuned": members}, about["num_kept"], about["paper"])
         for number, part in enumerate(parts(len(ROWS))):
             images = scorer.images(ROWS[part.start : part.stop])
             evaluation_files.write_part(folder, number, evaluation_files.pack(images))
@@ -140,9 +140,8 @@ def test_a_suite_by_category_with_the_papers_scores(
     assert all(row["p"] <= row["p_holm"] <= 1 for row in summary["categories"])
     assert not summary["metrics"]["clip_paper"]["held_out"]
     assert sum(image["png"] is not None for image in images) == 2 * (2 * 2 + 3)
-    scorer = Scorer(
-        recipe.model_dump(by_alias=True), [{"folder": tuned[0].folder, "weight": 1, "steps": (2, 4)}], 0, True
-    )
+    members = [{"folder": tuned[0].folder, "weight": 1, "steps": (2, 4)}]
+    scorer = Scorer(recipe.model_dump(by_alias=True), {"tuned": members}, 0, True)
     pictures, prompts = torch.rand(8, 3, 32, 32), [row["prompt"] for row in rows]
     scores = scorer._paper_scores(pictures, prompts)["pick_paper"]
     four = paper_scores(scorer.rewards["pick"], pictures[:4], prompts[:4])

@@ -111,7 +111,8 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "prompts": about["prompts"],
         "num_seeds": about["num_seeds"],
         "runs": {
-            name: {"folder": str(run.folder), "tuned": run.about["tuned"]} for name, run in comparison.runs.items()
+            name: {"folder": str(run.folder), "tuned": run.about["variants"]["tuned"]}
+            for name, run in comparison.runs.items()
         },
         "metrics": comparison.metrics,
         "left_out": comparison.left_out,

@@ -6,7 +6,7 @@ comes back as one Parquet file. Interrupted and started again, it does the parts
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -100,10 +100,21 @@ def evaluate(
     is not what it should be.
     """
     asked = asked or Asked()
+    make_images(recipe, {"tuned": tuned}, out, num_actors, asked)
+    return _conclude(_with(recipe, asked), out, asked)
+
+
+def make_images(
+    recipe: Recipe, variants: Mapping[str, Sequence[Tuned]], out: Path, num_actors: int, asked: Asked
+) -> None:
+    """Fill `out` with parts: images of the base and of every variant, each a mixture, scored by the recipe's rewards.
+
+    Several variants in one evaluation share its base's images and denoising steps, and its actors.
+    """
     recipe = _with(recipe, asked)
     assert isinstance(recipe.task, Tuning) and recipe.evaluation is not None
     rows = suite_prompts(asked) if asked.suite else held_out_prompts(recipe.evaluation)
-    evaluation_files.begin(out, describe(recipe, tuned, rows, asked))
+    evaluation_files.begin(out, describe(recipe, variants, rows, asked))
     parts = evaluation_files.parts(len(rows))
     if missing := evaluation_files.missing(out, len(parts)):
         todo = [{"part": part, "rows": json.dumps(rows[parts[part].start : parts[part].stop])} for part in missing]
@@ -111,7 +122,7 @@ def evaluate(
             Scorer,
             fn_constructor_args=(
                 recipe.model_dump(by_alias=True),
-                [asdict(t) for t in tuned],
+                {name: [asdict(t) for t in tuned] for name, tuned in variants.items()},
                 asked.num_kept,
                 asked.paper,
                 asked.num_strips,
@@ -124,10 +135,11 @@ def evaluate(
         said = f"evaluating {len(rows)} prompts, {len(todo)} of {len(parts)} parts to do"
         for part in track(made.iter_rows(), description=said, total=len(todo)):
             evaluation_files.write_part(out, part["part"], part["packed"])
-    return _conclude(recipe, out, asked)
 
 
-def describe(recipe: Recipe, tuned: Sequence[Tuned], rows: Sequence[dict[str, Any]], asked: Asked) -> dict[str, Any]:
+def describe(
+    recipe: Recipe, variants: Mapping[str, Sequence[Tuned]], rows: Sequence[dict[str, Any]], asked: Asked
+) -> dict[str, Any]:
     """What an evaluation's images and scores depend on."""
     assert isinstance(recipe.task, Tuning) and recipe.evaluation is not None
     base = load(recipe.model.model_copy(update={"precision": "fp32"}))
@@ -135,7 +147,10 @@ def describe(recipe: Recipe, tuned: Sequence[Tuned], rows: Sequence[dict[str, An
     return {
         "name": recipe.name,
         "base_sha256": _base_sha256(base),
-        "tuned": [{"sha256": _sha256(t.folder), "weight": t.weight, "steps": list(t.steps)} for t in tuned],
+        "variants": {
+            name: [{"sha256": _sha256(t.folder), "weight": t.weight, "steps": list(t.steps)} for t in tuned]
+            for name, tuned in variants.items()
+        },
         "prompts": {"suite": asked.suite, "num": len(rows), "sha256": prompts.hexdigest()},
         "seed": recipe.seed,
         "num_seeds": recipe.evaluation.num_seeds,

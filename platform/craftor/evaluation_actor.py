@@ -1,4 +1,4 @@
-"""An evaluation actor: some prompts -> images of the base, the tuned mixture and the weights between, all scored.
+"""An evaluation actor: some prompts -> images of the base, tuned mixtures and the weights between, all scored.
 
 The noise of an image follows from (prompt, seed) alone and is the same for every variant.
 """
@@ -6,6 +6,7 @@ The noise of an image follows from (prompt, seed) alone and is the same for ever
 import io
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from craftor.allocation import keep_freed_memory
 from craftor.baselines import methods
 from craftor.baselines.sampling import Base
 from craftor.decode import decode
-from craftor.denoise import Prompt, State
+from craftor.denoise import Guided, Prompt, State
 from craftor.diffuser import load
 from craftor.embed import embed
 from craftor.evaluation_files import STRIP_WEIGHTS
@@ -48,17 +49,28 @@ class Tuned:
     steps: tuple[int, int]
 
 
+@dataclass(frozen=True)
+class Variant:
+    """A mixture, what denoises it, and the step at which it leaves the base's path."""
+
+    tuned: list[Tuned]
+    guided: Guided
+    fork: int
+
+
 class Scorer:
     """Keeps the models between parts.
 
-    `num_kept` prompts keep their pictures, `num_strips` are also made with the weights between; `paper` adds the
-    paper's own scores.
+    variants: by name, the encoders of a mixture; each is made beside the base.
+
+    `num_kept` prompts keep their pictures, `num_strips` are also made with the weights between base and first variant;
+    `paper` adds the paper's own scores.
     """
 
     def __init__(
         self,
         recipe: dict[str, Any],
-        tuned: list[dict[str, Any]],
+        variants: dict[str, list[dict[str, Any]]],
         num_kept: int,
         paper: bool = False,
         num_strips: int = NUM_STRIPS,
@@ -68,7 +80,8 @@ class Scorer:
         torch.set_num_threads(self.recipe.workers.threads)
         task = self.recipe.task
         device = "cuda" if self.recipe.workers.gpu else "cpu"
-        self.diffuser = load(self.recipe.model.model_copy(update={"precision": "fp32"}), device)
+        precision = self.recipe.evaluation.precision
+        self.diffuser = load(self.recipe.model.model_copy(update={"precision": precision}), device)
         self.guided = self.diffuser.guided(task.rollout)
         self.rewards = {name: build_reward(r.kind, locate(r.weights), **r.options) for name, r in task.rewards.items()}
         for reward in self.rewards.values():
@@ -77,11 +90,23 @@ class Scorer:
         self.clip = next(reward for reward in self.rewards.values() if isinstance(reward, ClipScore))
         self.weights = {name: r.weight for name, r in task.rewards.items() if not r.evaluation_only}
         self.num_kept, self.paper, self.num_strips = num_kept, paper, num_strips
-        self.tuned = [Tuned(t["folder"], t["weight"], tuple(t["steps"])) for t in tuned]
-        parts = [trainable.load(self.diffuser, Path(t.folder)) for t in self.tuned]
-        self.encoders = [{**self.diffuser.encoders, **{n: p for n, p in x.items() if n != "unet"}} for x in parts]
-        self.unets = [found["unet"] for found in parts if "unet" in found]
-        self.tuned_guided = self.diffuser.guided(task.rollout, self.unets[0]) if self.unets else self.guided
+        loaded: dict[str, dict[str, nn.Module]] = {}
+        self.variants: dict[str, Variant] = {}
+        for name, mixed in variants.items():
+            tuned = [Tuned(t["folder"], t["weight"], tuple(t["steps"])) for t in mixed]
+            for t in tuned:
+                if t.folder not in loaded:
+                    loaded[t.folder] = trainable.load(self.diffuser, Path(t.folder))
+            parts = [loaded[t.folder] for t in tuned]
+            unets = [found["unet"] for found in parts if "unet" in found]
+            guided = self.diffuser.guided(task.rollout, unets[0]) if unets else self.guided
+            # The steps before any tuned encoder acts are the base's, unless the UNet itself is another.
+            fork = 0 if unets else min(t.steps[0] for t in tuned)
+            self.variants[name] = Variant(tuned, guided, fork)
+        self.encoders = {
+            folder: {**self.diffuser.encoders, **{n: p for n, p in parts.items() if n != "unet"}}
+            for folder, parts in loaded.items()
+        }
         self.referee = Referee.load(locate("micro:referee"))
         base = Base(self.diffuser, task.rollout, self.recipe.seed)
         self.methods = methods.build(self.recipe.evaluation.methods, base, self.rewards)
@@ -118,23 +143,25 @@ class Scorer:
     @torch.no_grad()
     def _images(self, rows: list[dict[str, Any]], seed: int) -> dict[str, Tensor]:
         prompts = [row["prompt"] for row in rows]
-        base, *tuned = (self._prompt(encoders, prompts) for encoders in (self.diffuser.encoders, *self.encoders))
+        base = self._prompt(self.diffuser.encoders, prompts)
+        tuned = {folder: self._prompt(encoders, prompts) for folder, encoders in self.encoders.items()}
         shape = self.diffuser.latent_shape
         draws = [seeds.normal(self.recipe.seed, [seed], f"evaluation {row['index']}", shape) for row in rows]
         noise = torch.cat(draws).to(self.diffuser.device)
-        # The steps before any tuned encoder acts are the same for every variant, unless the UNet itself is another.
-        fork = 0 if self.unets else min(t.steps[0] for t in self.tuned)
-        common = sample_mixture(self.guided, State(noise), base, [], range(fork))
+        states, num_steps = {0: State(noise)}, self.guided.num_steps
+        stops = sorted({0, num_steps, *(variant.fork for variant in self.variants.values())})
+        for start, stop in pairwise(stops):
+            states[stop] = sample_mixture(self.guided, states[start], base, [], range(start, stop))
         strip = seed == 0 and min(row["number"] for row in rows) < self.num_strips
-        variants = {"base": 0.0, "tuned": 1.0} | ({f"w{w}": w for w in STRIP_WEIGHTS[1:-1]} if strip else {})
-        images = {}
-        for variant, scale in variants.items():
-            members = [
-                Member(prompt, scale * t.weight, range(*t.steps)) for prompt, t in zip(tuned, self.tuned, strict=True)
-            ]
-            guided = self.tuned_guided if scale else self.guided
-            final = sample_mixture(guided, common, base, members, range(fork, guided.num_steps))
-            images[variant] = decode(self.diffuser.vae, final.latents)
+        made = [(name, variant, 1.0) for name, variant in self.variants.items()]
+        if strip:
+            made += [(f"w{w}", next(iter(self.variants.values())), w) for w in STRIP_WEIGHTS[1:-1]]
+        images = {"base": decode(self.diffuser.vae, states[num_steps].latents)}
+        for name, variant, scale in made:
+            members = [Member(tuned[t.folder], scale * t.weight, range(*t.steps)) for t in variant.tuned]
+            last = range(variant.fork, num_steps)
+            final = sample_mixture(variant.guided, states[variant.fork], base, members, last)
+            images[name] = decode(self.diffuser.vae, final.latents)
         drawn_by = [row["index"] for row in rows]
         return {**images, **{name: method(prompts, drawn_by, seed) for name, method in self.methods.items()}}
 

@@ -36,7 +36,7 @@ _TYPES = {
 }
 _MEANING = {
     "base_sha256": "images from another base",
-    "tuned": "images from other encoders",
+    "variants": "images from other encoders",
     "prompts.sha256": "images of other prompts",
     "seed": "images from other noise",
     "num_seeds": "another number of images a prompt",

@@ -18,18 +18,27 @@ def summarise(
 
     `others` are further methods with the metrics that they choose by: compared with the base, too, under `methods`.
     """
-    names = [key for key in images[0] if key not in BOOKKEEPING]
-    strips = {i["number"] for i in images if i["variant"] == f"w{STRIP_WEIGHTS[1]}"}
-    curve = []
-    for weight in STRIP_WEIGHTS if strips else ():
-        variant = {0.0: "base", 1.0: "tuned"}.get(weight, f"w{weight}")
-        at = [i for i in images if (i["seed"], i["variant"]) == (0, variant) and i["number"] in strips]
-        means = {name: float(np.nanmean([_number(image[name]) for image in at])) for name in names}
-        curve.append({"weight": weight, "reward": means["total"], **means})
-    summary = {"metrics": against_base(images, "tuned", trained), "interpolation": curve}
+    summary = {"metrics": against_base(images, "tuned", trained), "interpolation": interpolation(images, "tuned")}
     if others:
         summary["methods"] = {name: against_base(images, name, known) for name, known in others.items()}
     return summary
+
+
+def interpolation(images: Sequence[dict[str, Any]], variant: str) -> list[dict[str, float]]:
+    """Every metric's mean by weight, from the base to a variant, over the prompts that have the weights between."""
+    names = [key for key in images[0] if key not in BOOKKEEPING]
+    strips = {i["number"] for i in images if i["variant"] == f"w{STRIP_WEIGHTS[1]}"}
+    curve = []
+    for weight, made in zip(STRIP_WEIGHTS, strip_of(variant), strict=True) if strips else ():
+        at = [i for i in images if (i["seed"], i["variant"]) == (0, made) and i["number"] in strips]
+        means = {name: float(np.nanmean([_number(image[name]) for image in at])) for name in names}
+        curve.append({"weight": weight, "reward": means["total"], **means})
+    return curve
+
+
+def strip_of(variant: str) -> list[str]:
+    """Names of the images with each of `STRIP_WEIGHTS`, from the base to a variant."""
+    return ["base", *(f"w{w}" for w in STRIP_WEIGHTS[1:-1]), variant]
 
 
 def against_base(images: Sequence[dict[str, Any]], variant: str, trained: Collection[str]) -> dict[str, dict[str, Any]]:
@@ -95,7 +104,7 @@ def samples(images: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The kept pictures of each prompt's first seed: base, tuned, and the strip between where all of it is there."""
     pictures = {(i["number"], i["variant"]): i for i in images if i["seed"] == 0 and "image" in i}
     numbers = sorted({number for number, _ in pictures})
-    variants = ["base", *(f"w{w}" for w in STRIP_WEIGHTS[1:-1]), "tuned"]
+    variants = strip_of("tuned")
     return [
         {
             "prompt": pictures[n, "base"]["prompt"],

@@ -80,6 +80,8 @@ class Evaluation(Section):
     """First denoising step that sees the tuned encoder; by default the window's first."""
     weight: float = Field(1.0, ge=0, le=1)
     """Weight of the tuned embedding; the base has the rest."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What the UNet computes in: images, and so scores, differ a little with it, and bf16 takes less time."""
     methods: dict[str, MethodSettings] = {}
     """What else is compared with the base, by names of your own: longer prompts, the best of several images."""
 

@@ -106,7 +106,7 @@ def measure(recipe: Recipe, parts: Path, rows: list[dict[str, Any]]) -> dict[str
     recipe = _for_scorer(recipe)
     assert recipe.evaluation is not None and isinstance(recipe.task, Tuning)
     tuned = {"folder": str(parts), "weight": recipe.evaluation.weight, "steps": list(used_steps(recipe))}
-    scorer = Scorer(recipe.data_of(), [tuned], num_kept=0, num_strips=0)
+    scorer = Scorer(recipe.data_of(), {"tuned": [tuned]}, num_kept=0, num_strips=0)
     images = [image for start in range(0, len(rows), BATCH) for image in scorer.images(rows[start : start + BATCH])]
     scores = {}
     for name in sorted(images[0].keys() - NO_SCORES):

@@ -1,7 +1,7 @@
 """The claims, one by one: what is said, what is compared by which metric, and the rule that decides.
 
 A part's contrast weighs images by name, `NAME` those of a tuned model and `NAME:VARIANT` others made beside them
-(`textcraftor:base`, `textcraftor:w0.5`).
+(`textcraftor:base`, `textcraftor:w0.5`). What is not trained has a name alone (`engineered`).
 """
 
 from collections.abc import Mapping
@@ -71,7 +71,7 @@ CLAIMS: dict[str, Claim] = {
     ),
     "C3": Claim(
         "It beats prompt engineering on alignment with the original prompt",
-        _over("textcraftor", "engineered:engineered", {"accuracy": "above", "clip": "above", "quality": "told"}),
+        _over("textcraftor", "engineered", {"accuracy": "above", "clip": "above", "quality": "told"}),
     ),
     "C4": Claim(
         "It beats DDPO at equal compute",

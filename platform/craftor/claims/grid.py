@@ -13,9 +13,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from craftor import evaluation_files
 from craftor.claims.effects import NotMeasured, contrast, crossed, values
-from craftor.claims.making import asked_recipe, images_dir, last_of, score_few
+from craftor.claims.making import last_of, read_images, score_together
 from craftor.claims.methods import Budget
 from craftor.evaluate import Tuned, used_steps
 from craftor.figures import LIGHT, style
@@ -33,8 +32,10 @@ class Cell:
     method: str
     used: float | None
 
-    def images(self, out: Path) -> Path:
-        return images_dir(f"{self.method}-in-{'its-own' if self.used is None else f'{self.used:g}'}", SEED, out)
+    @property
+    def name(self) -> str:
+        """Of its images."""
+        return f"{self.method}-in-{'its-own' if self.used is None else f'{self.used:g}'}"
 
     def steps(self, recipe: Recipe) -> tuple[int, int]:
         """The denoising steps that see the encoder."""
@@ -49,10 +50,11 @@ def cells(methods: Sequence[str]) -> list[Cell]:
 
 def score(methods: Sequence[str], budget: Budget, out: Path) -> None:
     """The images of every cell, of runs that are there."""
+    mixtures = {}
     for cell in cells(methods):
         recipe, last = last_of(out, cell.method, SEED)
-        tuned = Tuned(last, 1.0, cell.steps(recipe))
-        score_few(tuned, asked_recipe(cell.method, SEED, budget, out), cell.images(out), budget)
+        mixtures[cell.name] = [Tuned(last, 1.0, cell.steps(recipe))]
+    score_together(mixtures, SEED, budget, out, few=True)
 
 
 def measure(methods: Sequence[str], out: Path) -> list[dict[str, Any]]:
@@ -60,11 +62,11 @@ def measure(methods: Sequence[str], out: Path) -> list[dict[str, Any]]:
     rows = []
     for cell in cells(methods):
         recipe, _ = last_of(out, cell.method, SEED)
-        found = evaluation_files.read(cell.images(out))
+        found = read_images(cell.name, SEED, out)
         row: dict[str, Any] = {"window": list(used_steps(recipe)), "used": list(cell.steps(recipe))}
         for metric in DIGITS:
             try:
-                gain = contrast([(1, values(found, "tuned", metric)), (-1, values(found, "base", metric))])
+                gain = contrast([(1, values(found, cell.name, metric)), (-1, values(found, "base", metric))])
             except NotMeasured:
                 continue
             effect = crossed(gain[None])

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from craftor import evaluation_files
 from craftor.claims import cost, curves, grid, strips
 from craftor.claims.declared import Claim, Part
 from craftor.claims.effects import Effect, NotMeasured, contrast, crossed, together, values, verdict_of
-from craftor.claims.making import images_dir, last_of, run_dir, steps_between
+from craftor.claims.making import last_of, read_images, run_dir, steps_between
 from craftor.claims.methods import FEW_PROMPTS, Budget
 from craftor.evaluate import Tuned, used_steps
 from craftor.evaluation_files import Evaluated
@@ -23,7 +22,7 @@ def judge(name: str, claim: Claim, budget: Budget, out: Path) -> dict[str, Any]:
 
     @cache
     def read(images: str, seed: int) -> Evaluated:
-        return evaluation_files.read(images_dir(images, seed, out))
+        return read_images(images, seed, out)
 
     parts, left_out = [], []
     for part in claim.parts:
@@ -45,8 +44,8 @@ def judge(name: str, claim: Claim, budget: Budget, out: Path) -> dict[str, Any]:
         judged["grid"] = grid.measure(claim.grid, out)
         grid.draw(out / f"{name}.png", judged["grid"])
     if claim.strips:
-        shown = [images_dir(claim.strips, seed, out) for seed in range(budget.num_seeds)]
-        strips.draw(out / f"{name}.png", shown, ("aesthetic", "quality", "clip", "accuracy"))
+        shown = [read(claim.strips, seed) for seed in range(budget.num_seeds)]
+        strips.draw(out / f"{name}.png", shown, claim.strips, ("aesthetic", "quality", "clip", "accuracy"))
     return judged
 
 
@@ -56,7 +55,7 @@ def _effect(part: Part, read: Any, num_seeds: int) -> Effect:
         terms = []
         for term, coefficient in part.contrast.items():
             images, _, variant = term.partition(":")
-            terms.append((coefficient, values(read(images, seed), variant or "tuned", part.metric)))
+            terms.append((coefficient, values(read(images, seed), variant or images, part.metric)))
         rows.append(contrast(terms))
     return crossed(np.array(rows))
 
@@ -66,10 +65,11 @@ def _curve(method: str, metric: str, budget: Budget, out: Path) -> curves.Curve:
     rows = []
     for seed in range(budget.num_seeds):
         steps = steps_between(method, seed, out)
-        found = [evaluation_files.read(images_dir(f"{method}-at-{step}", seed, out)) for step in steps]
-        last = evaluation_files.read(images_dir(method, seed, out))
-        scores = [values(last, "base", metric), *(values(images, "tuned", metric) for images in found)]
-        rows.append([np.nanmean(each[:FEW_PROMPTS, 0]) for each in (*scores, values(last, "tuned", metric))])
+        last = read_images(method, seed, out)
+        between = [f"{method}-at-{step}" for step in steps]
+        scores = [values(read_images(name, seed, out), name, metric) for name in between]
+        all_of_it = (values(last, "base", metric), *scores, values(last, method, metric))
+        rows.append([np.nanmean(each[:FEW_PROMPTS, 0]) for each in all_of_it])
     runs = [run_dir(method, seed, out) for seed in range(budget.num_seeds)]
     return curves.curve(runs, [*steps, load_run(runs[0]).run.num_steps], np.array(rows))
 

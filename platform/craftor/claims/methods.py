@@ -18,6 +18,8 @@ from craftor.recipe import Recipe, RecipeError, load
 from craftor.searching.settings import substitute
 
 REFERENCE = "micro_textcraftor.toml"
+SCORED_BY = "textcraftor"
+"""The method by whose rewards all images are scored."""
 PAIRS = "pairs"
 """Stands for image-caption pairs, in `data.path`."""
 
@@ -87,14 +89,14 @@ class Images:
     use_from: float | None = None
     """First denoising step that sees the encoder, as a share of the rollout."""
     num_strips: int = 0
-    evaluation: Mapping[str, Any] = field(default_factory=dict)
-    """Keys of `[evaluation]` that differ."""
+    methods_beside: Mapping[str, Any] = field(default_factory=dict)
+    """Of `[evaluation.methods]`: what is made without tuned encoders, named as the images are."""
 
 
 IMAGES: dict[str, Images] = {
     **{name: Images((name,)) for name in METHODS},
     "textcraftor": Images(("textcraftor",), num_strips=48),
-    "engineered": Images(("textcraftor",), evaluation={"methods": {"engineered": {"kind": "prompt_engineering"}}}),
+    "engineered": Images((), methods_beside={"engineered": {"kind": "prompt_engineering"}}),
     "used_10": Images(("textcraftor",), use_from=0.5),
     "used_15": Images(("textcraftor",), use_from=0.25),
     "two_windows": Images(("middle", "textcraftor"), (1.0, 1.0)),
@@ -106,7 +108,7 @@ IMAGES: dict[str, Images] = {
 class Budget:
     """What every method gets, and by how much it is judged."""
 
-    num_steps: int = 20
+    num_steps: int = 16
     """Of the reference; the others take as many as cost the same."""
     batch_size: int = 24
     num_seeds: int = 3
@@ -150,6 +152,7 @@ def recipe_of(name: str, seed: int, budget: Budget, pairs: Path) -> Recipe:
         "register": None,
         "evaluation.num_prompts": budget.num_prompts,
         "evaluation.num_seeds": budget.num_images,
+        "evaluation.precision": "bf16",
     }
     if budget.model is not None:
         changes["model.path"] = budget.model

@@ -1,6 +1,6 @@
 """Images from the base to a tuned encoder, with what the scorers say of them by weight: the picture of claim C7."""
 
-import json
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,26 +10,26 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from craftor.evaluation_files import Evaluated
+from craftor.evaluation_summary import interpolation, strip_of
 from craftor.figures import LIGHT, limits, style
 
 NUM_ROWS = 4
 
 
-def draw(path: Path, evaluations: Sequence[Path], metrics: Sequence[str]) -> Path:
+def draw(path: Path, evaluations: Sequence[Evaluated], variant: str, metrics: Sequence[str]) -> Path:
     """Strips of the first evaluation on the left; on the right each metric by weight, a line for each evaluation.
 
-    evaluations: folders of images that were made with the weights between, one for each training seed.
+    evaluations: images that were made with the weights between base and `variant`, one for each training seed.
     """
-    first = evaluations[0]
-    strips = [sample["strip"] for sample in json.loads((first / "samples.json").read_text()) if sample["strip"]]
-    found = [json.loads((folder / "summary.json").read_text())["interpolation"] for folder in evaluations]
+    found = [interpolation(evaluated.images, variant) for evaluated in evaluations]
     weights = [point["weight"] for point in found[0]]
     there = [name for name in metrics if name in found[0][0]]
     with matplotlib.rc_context(style(LIGHT)):
         figure = Figure(figsize=(9, 4.2), dpi=150, layout="constrained", facecolor="white")
         grid = figure.add_gridspec(len(there), 2, width_ratios=(1.25, 1))
         picture = figure.add_subplot(grid[:, 0])
-        picture.imshow(_sheet(first, strips[:NUM_ROWS]), interpolation="nearest")
+        picture.imshow(_sheet(evaluations[0], variant), interpolation="nearest")
         picture.set_yticks([])
         side = picture.get_xlim()[1] / len(weights)
         picture.set_xticks([(column + 0.5) * side for column in range(len(weights))], [f"{w:g}" for w in weights])
@@ -48,12 +48,14 @@ def draw(path: Path, evaluations: Sequence[Path], metrics: Sequence[str]) -> Pat
     return path
 
 
-def _sheet(folder: Path, strips: Sequence[Sequence[str]]) -> np.ndarray:
+def _sheet(evaluated: Evaluated, variant: str) -> np.ndarray:
+    """Rows of pictures by weight, of the first prompts."""
+    kept = {(i["number"], i["variant"]): i["png"] for i in evaluated.images if i["seed"] == 0 and i["png"]}
     rows = []
-    for strip in strips:
-        with_pixels = []
-        for name in strip:
-            with Image.open(folder / name) as image:
-                with_pixels.append(np.asarray(image.convert("RGB")))
-        rows.append(np.concatenate(with_pixels, axis=1))
+    for number in range(NUM_ROWS):
+        pictures = []
+        for name in strip_of(variant):
+            with Image.open(io.BytesIO(kept[number, name])) as image:
+                pictures.append(np.asarray(image.convert("RGB")))
+        rows.append(np.concatenate(pictures, axis=1))
     return np.concatenate(rows, axis=0)

@@ -15,7 +15,7 @@ from typing import Any
 
 from craftor.claims import grid, judging, making
 from craftor.claims.declared import CLAIMS, Claim
-from craftor.claims.methods import IMAGES, METHODS, Budget, recipe_of
+from craftor.claims.methods import IMAGES, METHODS, SCORED_BY, Budget, recipe_of
 from craftor.cluster import ray_session
 from craftor.locate import locate
 from craftor.quickstart import machine
@@ -67,11 +67,8 @@ def test(claims: Mapping[str, Claim], budget: Budget, out: Path) -> dict[str, An
         for seed in range(budget.num_seeds):
             for method in methods_of(needed):
                 making.train_where_missing(method, seed, budget, out)
-            for name in needed:
-                making.score(name, seed, budget, out)
-            for method in sorted({method for claim in possible.values() for method in claim.curves}):
-                for step in making.steps_between(method, seed, out):
-                    making.score_at(step, method, seed, budget, out)
+            making.score(needed, seed, budget, out)
+            making.score_between(sorted({m for claim in possible.values() for m in claim.curves}), seed, budget, out)
         for claim in possible.values():
             for method in claim.grid:
                 making.train_where_missing(method, grid.SEED, budget, out)
@@ -95,10 +92,8 @@ def _refused(claims: Mapping[str, Claim], budget: Budget, out: Path) -> dict[str
     found = {}
     for name, claim in claims.items():
         try:
-            for method in (*methods_of(images_of(claim)), *claim.grid):
+            for method in (SCORED_BY, *methods_of(images_of(claim)), *claim.grid):
                 recipe_of(method, 0, budget, making.pairs(budget, out))
-            for images in images_of(claim):
-                making.asked_recipe(images, 0, budget, out)
         except RecipeError as error:
             found[name] = str(error)
     return found
