@@ -49,6 +49,41 @@ def test_parts_are_batches_that_begin_anew_with_each_hundred() -> None:
     assert [number for part in parts(130) for number in part] == list(range(130))
 
 
+def test_variants_made_together_are_what_each_is_alone(recipe: Recipe, tuned: list[Tuned], tiny: Path) -> None:
+    """The base's path is left at different steps: earlier, later, and at once by another UNet."""
+    late = {"folder": tuned[0].folder, "weight": 1.0, "steps": (2, 4)}
+    mixtures = {"late": [late], "early": [late | {"weight": 0.5, "steps": (1, 4)}]}
+    mixtures["unet"] = [{"folder": str(tiny / "pipeline"), "weight": 1.0, "steps": (0, 4)}]
+    given = recipe.model_dump(by_alias=True)
+    rows = job.held_out_prompts(recipe.evaluation)[:3]
+    together = Scorer(given, mixtures, 3, num_strips=3).images(rows)
+    kept = ("base", "w0.25", "w0.5", "w0.75")
+    assert {image["variant"] for image in together} == {*kept, "late", "early", "unet"}
+    for number, name in enumerate(mixtures):
+        alone = Scorer(given, {"tuned": mixtures[name]}, 3, num_strips=3 if number == 0 else 0).images(rows)
+        for image in alone:
+            variant = name if image["variant"] == "tuned" else image["variant"]
+            (same,) = [
+                i
+                for i in together
+                if (i["number"], i["seed"], i["variant"]) == (image["number"], image["seed"], variant)
+            ]
+            assert same | {"variant": ""} == image | {"variant": ""}, "to the last bit"
+
+
+def test_an_evaluation_computes_in_the_precision_asked_for(recipe: Recipe, tuned: list[Tuned]) -> None:
+    mixture = {"tuned": [{"folder": tuned[0].folder, "weight": 1.0, "steps": (2, 4)}]}
+    scorers = []
+    for precision in ("fp32", "bf16"):
+        evaluation = recipe.evaluation.model_copy(update={"precision": precision})
+        changed = recipe.model_copy(update={"evaluation": evaluation})
+        scorers.append(Scorer(changed.model_dump(by_alias=True), mixture, 0))
+    assert [scorer.guided.precision for scorer in scorers] == [torch.float32, torch.bfloat16]
+    rows = job.held_out_prompts(recipe.evaluation)[:3]
+    exact, rounded = ([image["clip"] for image in scorer.images(rows)] for scorer in scorers)
+    assert exact != rounded and exact == pytest.approx(rounded, abs=0.05)
+
+
 @pytest.mark.ray
 def test_interrupted_by_two_actors_and_finished_is_what_one_actor_makes(
     cluster: None, recipe: Recipe, tuned: list[Tuned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
