@@ -108,7 +108,7 @@ IMAGES: dict[str, Images] = {
 class Budget:
     """What every method gets, and by how much it is judged."""
 
-    num_steps: int = 16
+    num_steps: int = 20
     """Of the reference; the others take as many as cost the same."""
     batch_size: int = 24
     num_seeds: int = 3
