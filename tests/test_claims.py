@@ -28,6 +28,7 @@ def test_every_image_named_is_declared_and_every_method_used() -> None:
         assert testing.images_of(claim) <= IMAGES.keys(), name
         assert claim.parts or claim.cost
     assert set(testing.methods_of(IMAGES)) == set(METHODS)
+    assert all(len(images.methods) == len(images.weights) for images in IMAGES.values())
     used = {images for claim in CLAIMS.values() for images in testing.images_of(claim)}
     grid = {method for claim in CLAIMS.values() for method in claim.grid}
     assert {*testing.methods_of(used), *grid} == set(METHODS), "no method is trained for nothing"

@@ -96,7 +96,7 @@ class Images:
 IMAGES: dict[str, Images] = {
     **{name: Images((name,)) for name in METHODS},
     "textcraftor": Images(("textcraftor",), num_strips=48),
-    "engineered": Images((), methods_beside={"engineered": {"kind": "prompt_engineering"}}),
+    "engineered": Images((), (), methods_beside={"engineered": {"kind": "prompt_engineering"}}),
     "used_10": Images(("textcraftor",), use_from=0.5),
     "used_15": Images(("textcraftor",), use_from=0.25),
     "two_windows": Images(("middle", "textcraftor"), (1.0, 1.0)),
