@@ -42,14 +42,14 @@ def ray_session(num_workers: int) -> Iterator[None]:
     hush()
     started_here = not ray.is_initialized()
     if started_here:
-        where: dict[str, Any] = {"runtime_env": {"env_vars": _worker_environment()}}
-        if "RAY_ADDRESS" not in os.environ:
-            # A cluster of this process inherits its environment. With a job's own, the processes that Ray starts
-            # beforehand, one a CPU, would be of no use and stay beside others.
-            os.environ.update(_worker_environment())
-            where = {"address": "local", "num_cpus": num_workers + 2, "include_dashboard": False}
+        local = "RAY_ADDRESS" not in os.environ
         with held_stderr():  # Ray reports the log level it was told
-            ray.init(**where, logging_level="ERROR", log_to_driver=False)
+            ray.init(
+                **({"address": "local", "num_cpus": num_workers + 2, "include_dashboard": False} if local else {}),
+                logging_level="ERROR",
+                log_to_driver=False,
+                runtime_env={"env_vars": _worker_environment()},
+            )
     ray.data.DataContext.get_current().enable_progress_bars = False
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     try:
@@ -105,6 +105,7 @@ def _worker_environment() -> dict[str, str]:
         for name in ("craftor", "craftor_rewards")
         if (spec := find_spec(name)) and spec.origin
     ]
-    given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-    environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*roots, *given]))
+    environment["PYTHONPATH"] = os.pathsep.join([*dict.fromkeys(roots), os.environ.get("PYTHONPATH", "")]).strip(
+        os.pathsep
+    )
     return environment
