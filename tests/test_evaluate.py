@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from transformers import CLIPTextModel
 
 from craftor import evaluate as job
@@ -49,16 +50,23 @@ def test_parts_are_batches_that_begin_anew_with_each_hundred() -> None:
     assert [number for part in parts(130) for number in part] == list(range(130))
 
 
-def test_variants_made_together_are_what_each_is_alone(recipe: Recipe, tuned: list[Tuned], tiny: Path) -> None:
+def test_variants_made_together_are_what_each_is_alone(
+    recipe: Recipe, tuned: list[Tuned], tiny: Path, tmp_path: Path
+) -> None:
     """The base's path is left at different steps: earlier, later, and at once by another UNet."""
     late = {"folder": tuned[0].folder, "weight": 1.0, "steps": (2, 4)}
     mixtures = {"late": [late], "early": [late | {"weight": 0.5, "steps": (1, 4)}]}
-    mixtures["unet"] = [{"folder": str(tiny / "pipeline"), "weight": 1.0, "steps": (0, 4)}]
+    unet = UNet2DConditionModel.from_pretrained(tiny / "pipeline" / "unet")
+    for parameter in unet.parameters():
+        parameter.data *= 1.1
+    unet.save_pretrained(tmp_path / "other" / "unet")
+    mixtures["unet"] = [{"folder": str(tmp_path / "other"), "weight": 1.0, "steps": (0, 4)}]
     given = recipe.model_dump(by_alias=True)
     rows = job.held_out_prompts(recipe.evaluation)[:3]
     together = Scorer(given, mixtures, 3, num_strips=3).images(rows)
     kept = ("base", "w0.25", "w0.5", "w0.75")
     assert {image["variant"] for image in together} == {*kept, "late", "early", "unet"}
+    assert len({image["clip"] for image in together if (image["number"], image["seed"]) == (0, 0)}) == 7, "all differ"
     for number, name in enumerate(mixtures):
         alone = Scorer(given, {"tuned": mixtures[name]}, 3, num_strips=3 if number == 0 else 0).images(rows)
         for image in alone:
