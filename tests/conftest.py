@@ -1,5 +1,6 @@
 """Tiny random models with the real classes, saved in the real layout; one Ray cluster for all tests that need one."""
 
+import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
 os.environ.setdefault("RAY_num_workers_soft_limit", "12")
 torch.set_num_threads(1)
+gc.set_threshold(10_000)  # as `craftor` itself
 # Examples are not timed: tests beside these have the cores too.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")

@@ -106,6 +106,7 @@ def test_source_roots_are_no_packages() -> None:
 
 
 IMPORTS = {
+    "craftor.remote": ("torch", "ray", "numpy", "pydantic"),
     "craftor.recipe": ("torch", "ray", "mlflow", "diffusers", "craftor_rewards", "craftor_micro"),
     "craftor.cli": ("torch", "ray", "mlflow", "diffusers"),
     "craftor.denoise": ("ray", "mlflow", "craftor_rewards", "craftor_micro"),

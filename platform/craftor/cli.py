@@ -1,5 +1,6 @@
 """`craftor`: one command line; a user's mistake is one line, said before anything heavy is imported."""
 
+import gc
 import os
 from typing import Annotated
 
@@ -45,6 +46,7 @@ def main() -> None:
     # Read by these libraries when they are imported, later; `quiet` does the rest.
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "MLFLOW_LOGGING_LEVEL"):
         os.environ.setdefault(name, "ERROR" if name.startswith("MLFLOW") else "error")
+    gc.set_threshold(10_000)  # by default a fifth of the time of all that is imported later is the collector's
     try:
         app(standalone_mode=True)
     except RecipeError as error:

@@ -25,6 +25,8 @@ def ray_session(num_workers: int) -> Iterator[None]:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         # Three times as many processes as may start at a time, by default one a core, and the raylet warns at length.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(16, os.cpu_count() or 1)))
+        # Processes that the raylet starts beforehand have not this job's environment: nothing ever runs in them.
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         # Nobody preempts a node of one's own machine, and a watcher is one more process that imports all of Ray Train.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # What Ray Train believes about nodes is up to 20 s old: a group sized for one that is gone asks again, and waits no

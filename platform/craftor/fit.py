@@ -11,12 +11,12 @@ import ray.data
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
-from craftor import checkpoint, interruption, reward_actors, storage, stream, validation, watch
+from craftor import checkpoint, interruption, remote, reward_actors, storage, stream, validation, watch
 from craftor.interruption import Interrupted
 from craftor.recipe import Recipe
 from craftor.reward_actors import RewardFailed
 from craftor.run_files import FAILURE
-from craftor.worker import TrainingStopped, rewards_of, train_worker
+from craftor.worker import TrainingStopped, rewards_of
 
 __all__ = ["TrainingStopped", "fit"]
 
@@ -73,7 +73,7 @@ def _train(
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     TorchTrainer(
-        train_worker,
+        remote.train,
         train_loop_config={
             "recipe": recipe.model_dump(by_alias=True),
             "run_dir": str(run_dir.resolve()),

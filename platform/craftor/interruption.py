@@ -4,7 +4,6 @@
 that will go tells Ray: the workers save one at once and go on, and Ray Train starts again without the node.
 """
 
-import asyncio
 import signal
 import threading
 import time
@@ -18,6 +17,8 @@ import ray
 import ray.train
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from craftor.remote import StopRequest
 
 ASK_EVERY_SECONDS = 1.0
 """Asking Ray Train about preemption is a call to an actor that all workers make together."""
@@ -40,19 +41,6 @@ class Next(IntEnum):
     """Ask Ray Train whether a node will go."""
     SAVE_AND_END = 3
     END = 4
-
-
-class StopRequest:
-    """An actor that the driver tells, and that worker 0 waits on without ever blocking."""
-
-    def __init__(self) -> None:
-        self.event = asyncio.Event()
-
-    async def make(self) -> None:
-        self.event.set()
-
-    async def made(self) -> None:
-        await self.event.wait()
 
 
 class Sigterm:

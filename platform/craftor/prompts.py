@@ -26,8 +26,7 @@ from craftor.recipe import Data
 def _read_parquet(path: str, **how: Any) -> ray.data.Dataset:
     """Arrow's own read-ahead would keep all of a file that it has read until the file's end, 100 bytes a prompt.
 
-    Ray's newer reader asks for it whatever it is told, the older one heeds what it is given; it would cut blocks
-    up for parallel work, and there is one tokeniser.
+    Ray's newer reader asks for it whatever it is told, the older one heeds what it is given.
     """
     context = ray.data.DataContext.get_current()
     usual, context.use_datasource_v2 = context.use_datasource_v2, False
@@ -35,7 +34,7 @@ def _read_parquet(path: str, **how: Any) -> ray.data.Dataset:
         pre_buffer=False, use_buffered_stream=True, buffer_size=4 << 20
     )
     try:
-        return ray.data.read_parquet(path, override_num_blocks=1, fragment_scan_options=by_pieces, **how)
+        return ray.data.read_parquet(path, fragment_scan_options=by_pieces, **how)
     finally:
         context.use_datasource_v2 = usual
 
@@ -83,7 +82,9 @@ def prepare(data: Data, tokenizers: Mapping[str, str], out: Path) -> Prepared:
     context = ray.data.DataContext.get_current()
     usual, context.target_max_block_size = context.target_max_block_size, BLOCK_BYTES
     try:
-        rows = FORMATS[suffix(source)](path, **({} if local else {"filesystem": filesystem}))
+        # Cut up for parallel work, a file would keep a process for each part busy, and there is one tokeniser.
+        how = {"override_num_blocks": 1} | ({} if local else {"filesystem": filesystem})
+        rows = FORMATS[suffix(source)](path, **how)
     finally:
         context.target_max_block_size = usual
     column = "prompt" if suffix(source) == ".txt" else data.column

@@ -50,7 +50,8 @@ def slots(batch_size: int, rank: int, world_size: int) -> range:
 def read(folder: Path | str) -> ray.data.Dataset:
     """The prepared rows of a folder or fsspec URL, in order of their `index` column.
 
-    Reading asks for no CPU: elastic workers take every one there is, and would wait for their rows for ever.
+    Reading asks for no CPU: elastic workers take every one there is, and would wait for their rows for ever. A file is
+    a block: cut up for parallel work, each part would keep one more process awake beside the workers.
     """
     filesystem, path = fsspec.core.url_to_fs(str(folder))
     local = filesystem.protocol in ("file", ("file", "local"))
@@ -58,7 +59,8 @@ def read(folder: Path | str) -> ray.data.Dataset:
     context = ray.data.DataContext.get_current()
     newer, context.use_datasource_v2 = context.use_datasource_v2, False  # it lists files on a CPU, whatever one says
     try:
-        return ray.data.read_parquet(paths, filesystem=None if local else filesystem, num_cpus=0)
+        how = {"num_cpus": 0, "override_num_blocks": max(1, len(paths))}
+        return ray.data.read_parquet(paths, filesystem=None if local else filesystem, **how)
     finally:
         context.use_datasource_v2 = newer
 

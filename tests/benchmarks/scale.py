@@ -30,10 +30,10 @@ from benchmarks import harness
 from craftor import calibrate, chief, estimate, job, ledger, prompts
 from craftor.cluster import ray_session
 from craftor.diffuser import load as load_diffuser
-from craftor.interruption import StopRequest
 from craftor.locate import shipped_recipe
 from craftor.memory import peak_memory
 from craftor.recipe import Data, Recipe, load
+from craftor.remote import StopRequest
 from craftor.tasks import build
 
 RECIPE = shipped_recipe("micro_textcraftor.toml")

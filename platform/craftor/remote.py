@@ -1,0 +1,43 @@
+"""What processes of Ray unpickle on a run's behalf without using it: only the standard library is imported here.
+
+Ray Train's controller holds the function that its workers will run, and an actor's process imports the module of its
+class. Either would take as long to start as a worker, and the workers begin only after the controller has.
+"""
+
+import asyncio
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+def train(config: dict[str, Any]) -> None:
+    """`worker.train_worker`, which is imported where it runs."""
+    with uncollected():
+        from craftor.worker import train_worker
+    train_worker(config)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """For imports: a fifth of their time is the garbage collector's, which walks what is there over and over."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+class StopRequest:
+    """An actor that the driver tells, and that worker 0 waits on without ever blocking."""
+
+    def __init__(self) -> None:
+        self.event = asyncio.Event()
+
+    async def make(self) -> None:
+        self.event.set()
+
+    async def made(self) -> None:
+        await self.event.wait()
