@@ -139,7 +139,11 @@ def test_a_run_shrinks_and_grows_with_its_nodes(tiny_recipe: Path, tmp_path: Pat
     }
     out, events = tmp_path / "run", tmp_path / "events.json"
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    env |= patient.environment(0.3) | {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
+    # The watcher is off where another test of this process has started a cluster of its own.
+    env |= patient.environment(0.3) | {
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1",
+    }
     patient.watch(tiny_recipe)
     with (tmp_path / "log").open("wb") as log:
         program = [sys.executable, "-c", PROGRAM, str(tiny_recipe), str(out), str(events), json.dumps(changes)]
