@@ -15,6 +15,7 @@ from transformers import CLIPTokenizer
 
 from craftor.prompts import Seen, describe, prepare, suffix
 from craftor.recipe import Data
+from craftor.stream import read
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 
@@ -52,6 +53,7 @@ def test_formats_give_the_same_rows(tiny: Path, tmp_path: Path, kind: str) -> No
     assert [list(ids) for ids in rows["input_ids"]] == expected
     assert prepared.num_truncated == 1, "the long one, cut to what the encoder reads"
     assert prepared == describe(tmp_path / "rows")
+    assert read(prepared.folder).materialize().num_blocks() == 1, "each would keep a process busy"
 
 
 @given(st.lists(st.lists(st.integers(0, 60), max_size=40), max_size=12))

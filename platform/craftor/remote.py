@@ -1,7 +1,7 @@
-"""What processes of Ray unpickle on a run's behalf without using it: only the standard library is imported here.
+"""What Ray's processes unpickle first: only the standard library is imported here.
 
-Ray Train's controller holds the function that its workers will run, and an actor's process imports the module of its
-class. Either would take as long to start as a worker, and the workers begin only after the controller has.
+An actor's process imports the module of its class, and one that only waits has no use for Ray Train and torch; a
+worker's own imports are quicker for what is done before they begin.
 """
 
 import asyncio
