@@ -40,9 +40,9 @@ format: .venv/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Tests that start processes also wait for them: three files at a time keep two cores busy, in the order of tests/conftest.py.
+# Two files at a time keep two cores busy, in the order of tests/conftest.py; a third one made all of them slower.
 test: .venv/.dev
-	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -m 'not slow'
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 # Nodes, hosts and stores lost, stragglers, shards, all claims: seven tests.
 test-slow: .venv/.dev
