@@ -40,11 +40,11 @@ format: .venv/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Two files at a time keep two cores busy, in the order of tests/conftest.py; a third one made all of them slower.
+# Two files at a time keep two cores busy, in the order of tests/conftest.py. Three took longer in all: they are in each other's way.
 test: .venv/.dev
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
-# Nodes, hosts and stores lost, stragglers, shards, all claims: seven tests.
+# A node, a host and a store that are lost and come back: three tests.
 test-slow: .venv/.dev
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m slow
 

@@ -246,7 +246,6 @@ def small(tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     yield Budget(2, 4, num_seeds=2, num_prompts=6, num_images=2, workers=0, reference=str(tiny_recipe))
 
 
-@pytest.mark.slow
 @pytest.mark.ray
 def test_claims_are_tested_once(cluster: None, small: Budget, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped after the second run, and started again: nothing is trained twice."""

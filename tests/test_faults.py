@@ -88,7 +88,6 @@ def test_a_full_disk_costs_the_checkpoints_that_do_not_fit(
     assert_undisturbed(out, undisturbed)
 
 
-@pytest.mark.slow
 @pytest.mark.ray
 def test_each_straggler_is_named(undisturbed_of_two: Path, tiny_recipe: Path, tmp_path: Path) -> None:
     """One worker after the other gets a tenth of its time, until it is reported."""
@@ -139,7 +138,6 @@ ray.shutdown()
 """
 
 
-@pytest.mark.slow
 @pytest.mark.ray
 def test_a_full_object_store_stops_nobody(undisturbed_of_two: Path, tiny_recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"

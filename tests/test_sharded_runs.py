@@ -33,7 +33,6 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     return load_file(last / "unet" / "diffusion_pytorch_model.safetensors")
 
 
-@pytest.mark.slow
 def test_a_run_in_shards_goes_on_with_fewer_workers_and_is_validated(folder: Path) -> None:
     """To the weights of one that was never sharded nor stopped; what validation found is in files and in MLflow."""
     recipe = folder / "tiny.toml"

@@ -1,11 +1,12 @@
-"""Prompt files -> numbered, tokenised rows in Parquet: read, filter, deduplicate, number, tokenise, all streamed.
+"""Prompt files -> numbered, tokenised rows in Parquet: read, filter, tokenise, deduplicate, number, all streamed.
 
 The rows are written once into the run's folder, so a resumed run sees the same samples even if the source changed.
 """
 
 import hashlib
+import itertools
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,7 +17,7 @@ import pyarrow.csv
 import pyarrow.dataset
 import pyarrow.parquet
 import ray.data
-from jaxtyping import Bool, UInt64
+from jaxtyping import Bool, Int, UInt64
 from transformers import CLIPTokenizer
 
 from craftor.locate import locate
@@ -44,7 +45,7 @@ FORMATS: dict[str, Callable[..., ray.data.Dataset]] = {
     ".csv": ray.data.read_csv,
     ".tsv": lambda path, **kw: ray.data.read_csv(path, parse_options=pyarrow.csv.ParseOptions(delimiter="\t"), **kw),
     ".jsonl": ray.data.read_json,
-    ".txt": lambda path, **kw: ray.data.read_text(path, **kw).rename_columns({"text": "prompt"}),
+    ".txt": ray.data.read_text,
 }
 
 TRUNCATED = "truncated"
@@ -79,25 +80,26 @@ def prepare(data: Data, tokenizers: Mapping[str, str], out: Path) -> Prepared:
     source = locate(data.path)
     filesystem, path = fsspec.core.url_to_fs(source)
     local = filesystem.protocol in ("file", ("file", "local"))
+    # Where the driver is, as a local file is.
+    where = {"num_cpus": 0, "label_selector": {"ray.io/node-id": ray.get_runtime_context().get_node_id()}}
     context = ray.data.DataContext.get_current()
     usual, context.target_max_block_size = context.target_max_block_size, BLOCK_BYTES
     try:
-        # Cut up for parallel work, a file would keep a process for each part busy, and there is one tokeniser.
+        # Cut up for parallel work, a file would start a process for each part, which takes longer than most files.
         how = {"override_num_blocks": 1} | ({} if local else {"filesystem": filesystem})
-        rows = FORMATS[suffix(source)](path, **how)
+        rows = FORMATS[suffix(source)](path, **where, **how)
     finally:
         context.target_max_block_size = usual
-    column = "prompt" if suffix(source) == ".txt" else data.column
-    # Where the driver is: it alone is sure to have the tokenizers' folders, and `out`.
-    here = {"label_selector": {"ray.io/node-id": ray.get_runtime_context().get_node_id()}}
-    light = {"compute": ray.data.ActorPoolStrategy(size=1), "batch_size": 4096, "num_cpus": 0, **here}
-    rows = rows.map_batches(NumberAndTokenize, fn_constructor_args=(data, column, dict(tokenizers)), **light)
+    column = "text" if suffix(source) == ".txt" else data.column
+    known = {name: CLIPTokenizer.from_pretrained(folder) for name, folder in tokenizers.items()}
+    # By whole blocks, which Ray then reads in the same process: it would not for a number of rows.
+    rows = rows.map_batches(_filter_and_tokenize, fn_args=(data, column, known), batch_size=None, **where)
     rows.context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
         object_store_memory=WAITING_BYTES
     )
     rows.context.output_backpressure_guard_release_interval_s = RELEASE_SECONDS
     shutil.rmtree(out, ignore_errors=True)
-    rows.write_parquet(str(out), min_rows_per_file=FILE_ROWS, ray_remote_args={"num_cpus": 0, **here})
+    _write(_numbered(rows.iter_batches(batch_size=None, batch_format="pyarrow"), data), out)
     prepared = describe(out)
     if prepared.num_rows == 0:
         raise ValueError(f"data.path = {data.path}: no prompt left after filtering by length and duplicates")
@@ -150,61 +152,58 @@ class Seen:
         return fresh
 
 
-class Number:
-    """Strip, filter by length, drop repeats, number what is kept. One actor, so that order and numbers are fixed."""
+def _filter_and_tokenize(
+    batch: dict[str, np.ndarray], data: Data, column: str, tokenizers: Mapping[str, CLIPTokenizer]
+) -> dict[str, np.ndarray]:
+    """Strip, filter by length, add a column of ids for each tokenizer and whether any had to cut."""
+    stripped = (value.strip() if isinstance(value, str) else "" for value in batch[column])
+    prompts = [prompt for prompt in stripped if data.min_chars <= len(prompt) <= data.max_chars]
+    truncated, ids = np.zeros(len(prompts), dtype=bool), {}
+    for name, tokenizer in tokenizers.items():
+        ids[name], too_long = _ids(tokenizer, prompts)
+        truncated[too_long] = True
+    return {"prompt": np.array(prompts, dtype=object), **ids, TRUNCATED: truncated}
 
-    def __init__(self, data: Data, column: str) -> None:
-        self.data, self.column = data, column
-        self.seen = Seen()
-        self.count = 0
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        stripped = (value.strip() if isinstance(value, str) else "" for value in batch[self.column])
-        kept = [prompt for prompt in stripped if self.data.min_chars <= len(prompt) <= self.data.max_chars]
-        if self.data.deduplicate:
-            kept = [prompt for prompt, new in zip(kept, self.seen.new(_keys(kept)), strict=True) if new]
-        if self.data.max_rows is not None:
-            kept = kept[: max(0, self.data.max_rows - self.count)]
-        index = np.arange(self.count, self.count + len(kept))
-        self.count += len(kept)
-        return {"index": index, "prompt": np.array(kept, dtype=object)}
+def _ids(tokenizer: CLIPTokenizer, prompts: list[str]) -> tuple[Int[np.ndarray, "b n"], list[int]]:
+    """Padded or cut to the tokenizer's length, and which were cut."""
+    length = tokenizer.model_max_length
+    ids = tokenizer(prompts, padding="max_length", max_length=length, verbose=False).input_ids if prompts else []
+    too_long = [i for i, row in enumerate(ids) if len(row) > length]
+    for i in too_long:  # cut as CLIP's tokenizer cuts, which would say nothing of it: the mark of the end stays
+        ids[i] = [*ids[i][: length - 1], ids[i][-1]]
+    return np.array(ids, dtype=np.int32).reshape(len(prompts), length), too_long
+
+
+def _numbered(batches: Iterable[pyarrow.Table], data: Data) -> Iterator[pyarrow.Table]:
+    """Drop repeats and number what is kept, in order and so in one place; end where there are rows enough."""
+    seen, count = Seen(), 0
+    for rows in batches:
+        if data.deduplicate:
+            rows = rows.filter(pyarrow.array(seen.new(_keys(rows["prompt"].to_pylist()))))
+        if data.max_rows is not None:
+            rows = rows.slice(0, data.max_rows - count)
+        if len(rows):
+            yield rows.add_column(0, "index", pyarrow.array(np.arange(count, count + len(rows))))
+        count += len(rows)
+        if count == data.max_rows:
+            return
+
+
+def _write(rows: Iterable[pyarrow.Table], out: Path) -> None:
+    """Files of FILE_ROWS and more, whose names are in order."""
+    out.mkdir(parents=True)
+    tables, number = iter(rows), itertools.count()
+    for first in tables:
+        with pyarrow.parquet.ParquetWriter(out / f"{next(number):06d}.parquet", first.schema) as file:
+            file.write_table(first)
+            written = len(first)
+            while written < FILE_ROWS and (more := next(tables, None)) is not None:
+                file.write_table(more)
+                written += len(more)
 
 
 def _keys(prompts: list[str]) -> UInt64[np.ndarray, " b"]:
     """64 bits of hash each: among ten million prompts two that differ share them with a chance of 3 in a million."""
     digests = (hashlib.blake2b(prompt.encode(), digest_size=8).digest() for prompt in prompts)
     return np.frombuffer(b"".join(digests), dtype=np.uint64)
-
-
-class NumberAndTokenize:
-    """Both in one actor: starting a second process would take longer than most prompt files."""
-
-    def __init__(self, data: Data, column: str, tokenizers: Mapping[str, str]) -> None:
-        self.number, self.tokenize = Number(data, column), Tokenize(tokenizers)
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return self.tokenize(self.number(batch))
-
-
-class Tokenize:
-    """Add a column of ids for each tokenizer, padded or cut to its length, and whether any had to cut."""
-
-    def __init__(self, tokenizers: Mapping[str, str]) -> None:
-        self.tokenizers = {name: CLIPTokenizer.from_pretrained(folder) for name, folder in tokenizers.items()}
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        prompts = [str(prompt) for prompt in batch["prompt"]]
-        truncated, ids = np.zeros(len(prompts), dtype=bool), {}
-        for name, tokenizer in self.tokenizers.items():
-            ids[name], too_long = self._ids(tokenizer, prompts)
-            truncated[too_long] = True
-        return {**batch, **ids, TRUNCATED: truncated}
-
-    @staticmethod
-    def _ids(tokenizer: CLIPTokenizer, prompts: list[str]) -> tuple[np.ndarray, list[int]]:
-        length = tokenizer.model_max_length
-        ids = tokenizer(prompts, padding="max_length", max_length=length, verbose=False).input_ids if prompts else []
-        too_long = [i for i, row in enumerate(ids) if len(row) > length]
-        for i in too_long:  # cut as CLIP's tokenizer cuts, which would say nothing of it: the mark of the end stays
-            ids[i] = [*ids[i][: length - 1], ids[i][-1]]
-        return np.array(ids, dtype=np.int32).reshape(len(prompts), length), too_long
