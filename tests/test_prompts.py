@@ -77,18 +77,21 @@ def test_a_url_is_read_and_rows_can_be_limited(tiny: Path, tmp_path: Path) -> No
     assert prepared.num_rows == 2
 
 
-def test_blocks_are_numbered_as_one_and_fill_files(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Repeats are known across blocks, and reading ends where there are rows enough."""
+@pytest.mark.parametrize(("max_rows", "num_kept"), [(None, 90), (60, 60)])
+def test_blocks_are_numbered_as_one_and_fill_files(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_rows: int | None, num_kept: int
+) -> None:
+    """Repeats are known across blocks, numbers go on, and rows are counted over all."""
     monkeypatch.setattr(prompts, "BLOCK_BYTES", 1000)
     monkeypatch.setattr(prompts, "FILE_ROWS", 12)
     texts = [f"a red star above {number % 90} rings" for number in range(400)]
     (tmp_path / "prompts.txt").write_text("\n".join(texts) + "\n")
-    data = Data(path=str(tmp_path / "prompts.txt"), max_rows=60)
+    data = Data(path=str(tmp_path / "prompts.txt"), max_rows=max_rows)
     prepared = prepare(data, {"input_ids": str(tiny / "pipeline" / "tokenizer")}, tmp_path / "rows")
     files = [pq.read_table(path) for path in sorted(prepared.folder.glob("*.parquet"))]
     assert len(files) > 1 and all(len(file) >= 12 for file in files[:-1])
-    assert [row for file in files for row in file["prompt"].to_pylist()] == texts[:60]
-    assert [row for file in files for row in file["index"].to_pylist()] == list(range(60))
+    assert [row for file in files for row in file["prompt"].to_pylist()] == texts[:num_kept]
+    assert [row for file in files for row in file["index"].to_pylist()] == list(range(num_kept))
 
 
 def test_nothing_left_is_an_error(tiny: Path, tmp_path: Path) -> None:

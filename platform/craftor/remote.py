@@ -6,28 +6,17 @@ worker's own imports are quicker for what is done before they begin.
 
 import asyncio
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 
 def train(config: dict[str, Any]) -> None:
     """`worker.train_worker`, which is imported where it runs."""
-    with uncollected():
-        from craftor.worker import train_worker
-    train_worker(config)
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """For imports: a fifth of their time is the garbage collector's, which walks what is there over and over."""
-    enabled = gc.isenabled()
-    gc.disable()
+    gc.disable()  # a fifth of the time of imports is the collector's, which walks what is there over and over
     try:
-        yield
+        from craftor.worker import train_worker
     finally:
-        if enabled:
-            gc.enable()
+        gc.enable()
+    train_worker(config)
 
 
 class StopRequest:
