@@ -46,6 +46,8 @@ class Size:
 
     steps: int = 20
     """Optimiser steps of a run."""
+    pairs: int = 3
+    """Of runs with one worker and with two, in turn: a run's speed varies by some percent, and so would one ratio."""
     rounds: int = 8
     """Of steps with and without checkpoints, in turn."""
     prompts: int = 1_000_000
@@ -57,7 +59,7 @@ class Size:
     """Samples of a step beside which checkpoints are written: few, so that what they cost shows."""
 
 
-QUICK = Size(steps=8, rounds=1, prompts=20_000, share=2, every=4, share_with_checkpoints=2)
+QUICK = Size(steps=8, pairs=1, rounds=1, prompts=20_000, share=2, every=4, share_with_checkpoints=2)
 
 
 def main() -> None:
@@ -68,7 +70,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="everything once and small: does it run?")
     parser.add_argument("--only-prompts", action="store_true", help="read prompts and nothing else, into prompts.json")
     arguments = parser.parse_args()
-    size = QUICK if arguments.quick else Size(arguments.steps, arguments.rounds, arguments.prompts)
+    size = QUICK if arguments.quick else Size(steps=arguments.steps, rounds=arguments.rounds, prompts=arguments.prompts)
     started = time.perf_counter()
     console = Console(width=120)
     if arguments.only_prompts:
@@ -80,15 +82,17 @@ def main() -> None:
     with TemporaryDirectory(prefix="bench-") as folder, ray_session(2):
         runs = Path(folder)
         read = read_prompts(runs, size.prompts)
-        one, two = run(runs / "one", size, 1), run(runs / "two", size, 2)
+        scaled = [(run(runs / f"one-{i}", size, 1), run(runs / f"two-{i}", size, 2)) for i in range(size.pairs)]
         recovered = recovery(runs / "killed", size)
         overhead = checkpoint_overhead(runs / "overhead", size)
     # As `craftor plan` does it: in a process that has done nothing else.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
         planned = fresh.submit(plan, size).result()
+    one, two = ({name: median(r[name] for r in made) for name in made[0]} for made in zip(*scaled, strict=True))
+    scaling = [two["images_per_second"] / (2 * one["images_per_second"]) for one, two in scaled]
     step, planned_step = 2 * size.share / two["images_per_second"], sum(planned.seconds.values())
     figures = {
-        "weak_scaling_2": two["images_per_second"] / (2 * one["images_per_second"]),
+        "weak_scaling_2": median(scaling),
         "checkpoint_overhead": overhead["overhead"],
         "recovery_seconds": recovered,
         "prompts_per_second": read["prompts_per_second"],
@@ -99,6 +103,7 @@ def main() -> None:
     }
     details: dict[str, Any] = {
         "settings": asdict(size),
+        "weak_scaling_pairs": scaling,
         "one_worker": one,
         "two_workers": two,
         "plan": {"step_seconds": [planned_step, step], "gib": [planned.memory_gib, two["worker_gib"]]},
