@@ -1,13 +1,10 @@
 """`make bench-scale`: what workers, checkpoints, deaths and large prompt sets cost, and how right `craftor plan` is.
 
-Every run is the shipped micro recipe on real Ray. Prompts are real ones from ../shared/data, paired with style
-modifiers until there are enough; one in ten comes twice, so that deduplication has work.
+Every run is the shipped micro recipe on real Ray; `scale_prompts` has the prompts that are only read.
 """
 
 import argparse
-import csv
 import json
-import os
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -18,26 +15,21 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import psutil
-import pyarrow
-import pyarrow.parquet
 import ray
 import torch
 from rich.console import Console
 
 from benchmarks import harness
-from craftor import calibrate, chief, estimate, job, ledger, prompts
+from benchmarks.scale_prompts import read_prompts
+from craftor import calibrate, chief, estimate, job, ledger
 from craftor.cluster import ray_session
-from craftor.diffuser import load as load_diffuser
 from craftor.locate import shipped_recipe
-from craftor.memory import peak_memory
-from craftor.recipe import Data, Recipe, load
+from craftor.recipe import Recipe, load
 from craftor.remote import StopRequest
 from craftor.tasks import build
 
 RECIPE = shipped_recipe("micro_textcraftor.toml")
-SHARED = Path(os.environ.get("CRAFTOR_SHARED_DATA", harness.ROOT.parent / "shared" / "data"))
 
 
 @dataclass(frozen=True)
@@ -47,7 +39,7 @@ class Size:
     steps: int = 20
     """Optimiser steps of a run."""
     pairs: int = 3
-    """Of runs with one worker and with two, in turn: a run's speed varies by some percent, and so would one ratio."""
+    """Of runs with one worker and with two, in turn: a machine's speed may change between any two runs."""
     rounds: int = 8
     """Of steps with and without checkpoints, in turn."""
     prompts: int = 1_000_000
@@ -72,24 +64,24 @@ def main() -> None:
     arguments = parser.parse_args()
     size = QUICK if arguments.quick else Size(steps=arguments.steps, rounds=arguments.rounds, prompts=arguments.prompts)
     started = time.perf_counter()
-    console = Console(width=120)
+    console, model = Console(width=120), recipe_of(size, 1).model
     if arguments.only_prompts:
         with TemporaryDirectory(prefix="bench-") as folder, ray_session(2):
-            read = read_prompts(Path(folder), size.prompts)
+            read = read_prompts(model, Path(folder), size.prompts)
         console.print(harness.write("prompts", figures=read, details={}, started=started))
         return
     # One Ray for all; prompts first, before anything else has left memory in use.
     with TemporaryDirectory(prefix="bench-") as folder, ray_session(2):
         runs = Path(folder)
-        read = read_prompts(runs, size.prompts)
+        read = read_prompts(model, runs, size.prompts)
         scaled = [(run(runs / f"one-{i}", size, 1), run(runs / f"two-{i}", size, 2)) for i in range(size.pairs)]
         recovered = recovery(runs / "killed", size)
         overhead = checkpoint_overhead(runs / "overhead", size)
     # As `craftor plan` does it: in a process that has done nothing else.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
         planned = fresh.submit(plan, size).result()
-    one, two = ({name: median(r[name] for r in made) for name in made[0]} for made in zip(*scaled, strict=True))
     scaling = [two["images_per_second"] / (2 * one["images_per_second"]) for one, two in scaled]
+    one, two = ({name: median(r[name] for r in made) for name in made[0]} for made in zip(*scaled, strict=True))
     step, planned_step = 2 * size.share / two["images_per_second"], sum(planned.seconds.values())
     figures = {
         "weak_scaling_2": median(scaling),
@@ -216,55 +208,6 @@ def checkpoint_overhead(out: Path, size: Size) -> dict[str, float]:
     found = harness.ratio(times["with"], times["without"])
     ratio, (low, high) = found["wall"], found["wall_ci95"]
     return {"overhead": ratio - 1, "low": low - 1, "high": high - 1}
-
-
-def read_prompts(folder: Path, number: int) -> dict[str, float]:
-    """Read, filter, deduplicate and tokenise; the peak is that of this process and all of Ray's."""
-    path = write_prompts(folder / "prompts.parquet", number)
-    tokenizers = {}
-    for name, tokenizer in load_diffuser(recipe_of(QUICK, 1).model).tokenizers.items():
-        tokenizer.save_pretrained(folder / name)
-        tokenizers[name.replace("text_encoder", "input_ids")] = str(folder / name)
-    with peak_memory() as peak:
-        begun = time.perf_counter()
-        prepared = prompts.prepare(Data(path=str(path), max_chars=400), tokenizers, folder / "rows")
-        seconds = time.perf_counter() - begun
-    return {
-        "read": number,
-        "kept": prepared.num_rows,
-        "seconds": seconds,
-        "prompts_per_second": number / seconds,
-        "peak_gib": peak.gib,
-    }
-
-
-def write_prompts(path: Path, number: int) -> Path:
-    """Real prompts with one or two real modifiers each; in pieces, so that making them takes no memory either."""
-    real = real_prompts()
-    categories = json.loads((SHARED / "openprompts" / "modifiers.json").read_text())
-    modifiers = [m["name"] for c in categories for s in c["subcategories"] for m in s["modifiers"]]
-    random = np.random.default_rng(0)
-    schema = pyarrow.schema([("prompt", pyarrow.string())])
-    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
-        for start in range(0, number, 50_000):
-            size = min(50_000, number - start)
-            fresh = size - size // 10
-            first, second = random.integers(len(modifiers), size=(2, fresh))
-            chosen = random.integers(len(real), size=fresh)
-            made = [f"{real[p]}, {modifiers[a]}, {modifiers[b]}" for p, a, b in zip(chosen, first, second, strict=True)]
-            made += [made[i] for i in random.integers(fresh, size=size - fresh)]
-            writer.write_table(pyarrow.table({"prompt": made}, schema=schema))
-    return path
-
-
-def real_prompts() -> list[str]:
-    csv.field_size_limit(1 << 24)
-    with (SHARED / "openprompts" / "openprompts_1k.csv").open(encoding="utf-8") as file:
-        found = [row["prompt"] for row in csv.DictReader(file)]
-    with (SHARED / "partiprompts" / "PartiPrompts.tsv").open(encoding="utf-8") as file:
-        found += [row["Prompt"] for row in csv.DictReader(file, delimiter="\t")]
-    found += (SHARED / "pickapic" / "pickapic_train.txt").read_text(encoding="utf-8").splitlines()
-    return list(dict.fromkeys(prompt.strip() for prompt in found if prompt.strip()))
 
 
 if __name__ == "__main__":
