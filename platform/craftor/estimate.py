@@ -19,7 +19,7 @@ from craftor.devices import Device
 from craftor.flops import Part, measure
 from craftor.locate import locate
 from craftor.plan import plan
-from craftor.recipe import PolicyGradient, Recipe, RecipeError, RewardTuning
+from craftor.recipe import Recipe, RecipeError, RewardTuning, Sampled
 from craftor.replay import kept_steps
 from craftor_rewards import build
 
@@ -67,7 +67,7 @@ class Prediction:
 
 def count(recipe: Recipe) -> Work:
     """The work of a recipe's step. Raises RecipeError for tasks other than reward tuning."""
-    if not isinstance(recipe.task, RewardTuning) or isinstance(recipe.task, PolicyGradient):
+    if not isinstance(recipe.task, RewardTuning) or isinstance(recipe.task, Sampled):
         raise RecipeError(f"plan counts reward tuning; this recipe's task is {recipe.task.kind}")
     parts = pipeline_parts(recipe)
     forward, graph, replayed = calls(recipe)

@@ -15,8 +15,9 @@ from craftor.object_settings import ObjectEncoder
 from craftor.overrides import override
 from craftor.rollout import Rollout, Section, Window
 from craftor.run_settings import Data, Evaluation, Model, Optimizer, Register, Run, Validation
+from craftor.sampled_settings import PolicyGradient, RankedTuning, Sampled
 from craftor.searching.settings import MEASURED, Distribution, Search, Value, corners, expand, substitute
-from craftor.task_settings import Denoising, DirectTuning, PolicyGradient, Prefix, Reward, RewardTuning, Tuning
+from craftor.task_settings import Denoising, DirectTuning, Prefix, Reward, RewardTuning, Tuning
 from craftor.train_settings import Part, Train
 from craftor.workers import Workers, check_parts_in_shards, check_task_in_shards
 
@@ -31,12 +32,14 @@ __all__ = [
     "Part",
     "PolicyGradient",
     "Prefix",
+    "RankedTuning",
     "RecipeError",
     "Register",
     "Reward",
     "RewardTuning",
     "Rollout",
     "Run",
+    "Sampled",
     "Search",
     "Train",
     "Tuning",
@@ -52,7 +55,8 @@ class Recipe(Section):
     model: Model
     data: Data
     task: Annotated[
-        RewardTuning | PolicyGradient | DirectTuning | Denoising | ObjectEncoder, Field(discriminator="kind")
+        RewardTuning | PolicyGradient | RankedTuning | DirectTuning | Denoising | ObjectEncoder,
+        Field(discriminator="kind"),
     ]
     optimizer: Optimizer
     run: Run
@@ -96,7 +100,7 @@ class Recipe(Section):
         if self.model.text_encoder is not None and not isinstance(self.task, RewardTuning):
             raise ValueError(
                 f"model.text_encoder = {self.model.text_encoder!r}: it conditions a window, and task.kind = "
-                f'"{self.task.kind}" has none; allowed: reward_tuning, policy_gradient'
+                f'"{self.task.kind}" has none; allowed: reward_tuning, policy_gradient, ranked_tuning'
             )
         return self
 
@@ -120,7 +124,7 @@ class Recipe(Section):
     @property
     def images_per_step(self) -> int:
         """Images that are made and scored for one optimiser step."""
-        return self.run.batch_size * (self.task.samples_per_prompt if isinstance(self.task, PolicyGradient) else 1)
+        return self.run.batch_size * (self.task.samples_per_prompt if isinstance(self.task, Sampled) else 1)
 
     @property
     def num_processes(self) -> int:

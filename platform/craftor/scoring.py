@@ -13,7 +13,8 @@ from craftor.composition import Composition
 from craftor.diffuser import assert_frozen
 from craftor.guards import Guards
 from craftor.locate import locate
-from craftor.task_settings import PolicyGradient, Tuning
+from craftor.sampled_settings import Sampled
+from craftor.task_settings import Tuning
 from craftor_rewards import Reward, build
 
 Scored = tuple[Float[Tensor, " b"], Float[Tensor, "b 3 H W"] | None]
@@ -77,7 +78,7 @@ class Scoring:
         self.weights = settings.factors
         for name in self.weights:
             differentiable = (built[name] if name in built else elsewhere[name]).differentiable
-            if not differentiable and not isinstance(settings, PolicyGradient):
+            if not differentiable and not isinstance(settings, Sampled):
                 raise ValueError(
                     f"task.rewards.{name}: not differentiable, so it cannot be backpropagated; allowed: "
                     'task.kind = "policy_gradient", which needs no gradient, or evaluation_only = true'

@@ -161,66 +161,6 @@ class RewardTuning(Tuning):
         return self
 
 
-class PolicyGradient(RewardTuning):
-    """The same by reinforcement learning, for rewards of which only the scores are known (DDPO, Black et al. 2023).
-
-    Each prompt of a batch is sampled several times. The window's steps are drawn from Gaussians and learn; the steps
-    outside are DDIM's.
-    """
-
-    needs_clip: ClassVar[bool] = False
-    kind: Literal["policy_gradient"]  # type: ignore[assignment]  # the tag of the union of tasks
-    window: Window = Window(first=1, of=1, outside="tuned")
-    """All steps; of a window's keys, those whose steps are the same for every sample."""
-    eta: float = Field(1.0, gt=0, le=1)
-    """Noise of each step, as a share of what makes sampling the reverse of the forward process."""
-    samples_per_prompt: int = Field(4, ge=1)
-    """`run.batch_size` counts prompts; rewards see so many times more images."""
-    same_noise: bool = False
-    """Start a prompt's samples from one noise: they then differ by the window's steps alone, which leaves less to
-    average, and what comes before the window is computed once (DanceGRPO, Xue et al. 2025)."""
-    advantage: Literal["group", "prompt"] = "group"
-    """A score less the mean, over the deviation: of the prompt's samples in this batch (GRPO), or of all its samples in
-    the batches before (DDPO)."""
-    min_count: int = Field(16, ge=2)
-    """With "prompt": samples of a prompt after which its own statistics are used, and all prompts' no longer."""
-    memory: int = Field(32, ge=2)
-    """With "prompt": over how many of the last samples statistics run, roughly."""
-    advantage_clip: float = Field(5.0, gt=0)
-    updates_per_rollout: int = Field(1, ge=1)
-    """Optimiser steps for which the policy that samples stays as it is; importance ratios make up for the difference.
-    Each step has a batch of its own. A run that is stopped in between goes on sampling from what it has learnt."""
-    clip_range: float = Field(0.2, gt=0)
-    """How far from 1 a ratio of densities still counts; it is 1 with one update per rollout."""
-    kl_weight: float = Field(0.0, ge=0)
-    """Weight of the divergence from the untrained model, summed over a sample's steps (DPOK, Fan et al. 2023)."""
-
-    def metrics(self) -> tuple[str, ...]:
-        gradients = ("share", "cosine", "norm")
-        own = ("clipped", "kl") if self.kl_weight else ("clipped",)
-        return (*(name for name in super().metrics() if name.split("/")[0] not in gradients), *own)
-
-    @model_validator(mode="after")
-    def _policy_is_consistent(self) -> "PolicyGradient":
-        fixed = ("preset", "last", "first", "start", "stop", "steps", "of", "outside", "null")
-        given = [key for key, info in Window.model_fields.items() if getattr(self.window, key) != info.default]
-        if other := [key for key in given if key not in fixed]:
-            raise ValueError(f"window: {other[0]} is for gradients of rewards; allowed here: {', '.join(fixed)}")
-        if self.rollout.solver == "dpm_solver_2m":
-            raise ValueError('rollout.solver = "dpm_solver_2m" has no stochastic steps; allowed: ddim, euler')
-        if self.shown is not None:
-            raise ValueError('shown: not with policy gradients; allowed: task.kind = "reward_tuning"')
-        if self.prefix.mode != "worker":
-            raise ValueError(f'prefix.mode = "{self.prefix.mode}" holds one sample a prompt; allowed: worker')
-        if self.composition.weights != "given" or self.composition.conflicts != "sum":
-            raise ValueError("composition: equal_shares and pcgrad need the rewards' gradients; allowed: normalise")
-        if self.advantage == "group" and self.samples_per_prompt < 2:
-            raise ValueError('advantage = "group" compares a prompt\'s samples; allowed: samples_per_prompt >= 2')
-        if taken := [name for name in self.rewards if name in ("clipped", "kl")]:
-            raise ValueError(f"a reward is named {taken[0]!r}, which is another metric's name; choose another")
-        return self
-
-
 class DirectTuning(Tuning):
     """Fine-tune the text encoder on image-caption pairs by reward of a one-step prediction (TextCraftor, 3.2.1)."""
 

@@ -6,7 +6,8 @@ from pydantic import Field
 
 from craftor.object_settings import ObjectEncoder
 from craftor.rollout import Section, Window
-from craftor.task_settings import Denoising, PolicyGradient, RewardTuning, Tuning
+from craftor.sampled_settings import PolicyGradient
+from craftor.task_settings import Denoising, RewardTuning, Tuning
 
 Count = Annotated[int, Field(ge=1)]
 

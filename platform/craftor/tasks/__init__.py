@@ -70,6 +70,10 @@ def build(recipe: Recipe, device: torch.device | str = "cpu", elsewhere: Mapping
         from craftor.tasks.policy_gradient import PolicyGradientTask
 
         return PolicyGradientTask(recipe, device, elsewhere)
+    if recipe.task.kind == "ranked_tuning":
+        from craftor.tasks.ranked_tuning import RankedTuningTask
+
+        return RankedTuningTask(recipe, device, elsewhere)
     if recipe.task.kind == "direct_tuning":
         from craftor.tasks.direct_tuning import DirectTuningTask
 

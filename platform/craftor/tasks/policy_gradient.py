@@ -2,8 +2,7 @@
 
 Denoising is a chain of decisions (DDPO, Black et al. 2023): inside the window each step is drawn from a Gaussian
 (`stochastic`), and what raises the density of the samples that scored above their prompt's others is learnt. The
-rewards are only asked for numbers. A row of the batch is a prompt; its samples are made together, so that what a row
-teaches depends on that row alone, whatever the workers and micro-batches.
+rewards are only asked for numbers.
 """
 
 import copy
@@ -13,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from craftor import objective, seeds
+from craftor import objective
 from craftor.advantages import PromptBaselines, group_relative
 from craftor.decode import decode
 from craftor.denoise import Guided, Prompt, State, sample
@@ -23,7 +22,7 @@ from craftor.rollout import draw
 from craftor.scoring import Elsewhere
 from craftor.stochastic import divergence, log_ratio, noisy
 from craftor.stream import Rows
-from craftor.tasks.reward_tuning import RewardTuningTask
+from craftor.tasks.sampled import SampledTask
 
 
 class Action(NamedTuple):
@@ -35,7 +34,7 @@ class Action(NamedTuple):
     noise: Tensor
 
 
-class PolicyGradientTask(RewardTuningTask):
+class PolicyGradientTask(SampledTask):
     """The same rollout, encoders, rewards and checkpoints as tuning by the reward's gradient; another estimator."""
 
     def __init__(
@@ -46,7 +45,6 @@ class PolicyGradientTask(RewardTuningTask):
         self.policy = recipe.task
         drawn = draw(self.policy.window, self.guided.num_steps, 0.0, 0.0)
         self.noisy = {index: noisy(self.guided.schedule[index], self.policy.eta) for index in drawn.steps}
-        self.base = self.diffuser.guided(self.policy.rollout)
         # What samples: the policy itself, or its copy from the beginning of every `updates_per_rollout` steps.
         self.actor, self.phase = self.module, -1
         if self.policy.updates_per_rollout > 1:
@@ -64,7 +62,7 @@ class PolicyGradientTask(RewardTuningTask):
     def observe(self, metrics: Mapping[str, Tensor]) -> dict[str, float]:
         if self.policy.advantage == "prompt":
             self.baselines.observe(metrics["total"], metrics[PROMPT][:, 0])
-        return super().observe({name: values.flatten(0, 1) for name, values in metrics.items()})
+        return super().observe(metrics)
 
     def state(self) -> dict[str, float]:
         return {**super().state(), **{f"baseline/{name}": value for name, value in self.baselines.state().items()}}
@@ -77,12 +75,11 @@ class PolicyGradientTask(RewardTuningTask):
     def step(self, rows: Rows, share: float = 1.0) -> dict[str, Tensor]:
         number = rows.position[0] // self.batch_size
         self._refresh(number)
-        many = self.policy.samples_per_prompt
-        prompts = [str(prompt) for prompt in rows.columns["prompt"]] * many
+        prompts = [str(prompt) for prompt in rows.columns["prompt"]] * self.many
         original, tuned = self._embed(rows)
         anchor = self.settings.anchor * (tuned.condition.embeds - original.condition.embeds).square().mean()
         actions, final = self._roll_out(rows, original, self._acting_prompt(rows, tuned))
-        original, tuned = self._each(original), self._each(tuned)
+        original, tuned = self.each(original), self.each(tuned)
         with torch.no_grad():
             self.images = decode(self.diffuser.vae, final, self.diffuser.decoder_precision)
         waiting = self.scoring.begin(self.images, prompts, number)
@@ -95,7 +92,7 @@ class PolicyGradientTask(RewardTuningTask):
         figures = self._backward(actions, base_means, leaves, advantage, share)
         self._into_encoders(tuned, leaves, share * anchor)
         metrics = {"loss": figures.pop("loss"), "total": total, **scores, **figures, **looks}
-        return {name: self._by_prompt(values) for name, values in metrics.items()}
+        return {name: self.by_prompt(values) for name, values in metrics.items()}
 
     def _refresh(self, number: int) -> None:
         """Sample from the present policy from here on, where optimiser step `number` begins a rollout."""
@@ -116,33 +113,22 @@ class PolicyGradientTask(RewardTuningTask):
         """Samples of the acting policy, sample k of all prompts after sample k - 1 of all; and their final latents."""
         outside = acting if self.outside_is_tuned else original
         inside = Prompt(acting.condition, original.null if self.settings.window.null == "original" else acting.null)
-        latents, actions = self._normal(rows, "noise"), []
+        latents, actions = self.normal(rows, "noise"), []
         fork = min(self.noisy) if self.policy.same_noise else 0
         if self.policy.same_noise:
             latents = sample(self.acting, State(latents[: len(rows.position)]), outside, range(fork)).latents
-            latents = latents.repeat(self.policy.samples_per_prompt, 1, 1, 1)
-        inside, outside = self._each(inside), self._each(outside)
+            latents = latents.repeat(self.many, 1, 1, 1)
+        inside, outside = self.each(inside), self.each(outside)
         for index, step in list(enumerate(self.acting.schedule))[fork:]:
             prompt = inside if index in self.noisy else outside
             output = self.acting.output(latents, prompt, step.timestep)
             if index not in self.noisy:
                 latents = step.advance(latents, step.x0(latents, output), None)
                 continue
-            mean, noise = self.noisy[index].mean(latents, output), self._normal(rows, f"action {index}")
+            mean, noise = self.noisy[index].mean(latents, output), self.normal(rows, f"action {index}")
             actions.append(Action(index, latents, mean, noise))
             latents = mean + self.noisy[index].deviation * noise
         return actions, latents
-
-    def _each(self, prompt: Prompt) -> Prompt:
-        """Each prompt as often as it is sampled."""
-        again = torch.arange(len(prompt.condition)).repeat(self.policy.samples_per_prompt)
-        return Prompt(prompt.condition[again], prompt.null)
-
-    def _normal(self, rows: Rows, purpose: str) -> Tensor:
-        """Noise that each sample of each prompt has for itself."""
-        many, shape = self.policy.samples_per_prompt, self.diffuser.latent_shape
-        parts = [seeds.normal(self.seed, rows.position, f"{purpose} of sample {k}", shape) for k in range(many)]
-        return torch.cat(parts).to(self.diffuser.device)
 
     @torch.no_grad()
     def _base_means(self, actions: list[Action], original: Prompt) -> list[Tensor | None]:
@@ -156,11 +142,11 @@ class PolicyGradientTask(RewardTuningTask):
         return noisy_step.mean(action.latents, guided.output(action.latents, prompt, noisy_step.step.timestep))
 
     def _advantages(self, total: Tensor, numbers: Tensor) -> Tensor:
-        by_prompt = self._by_prompt(total)
+        by_prompt = self.by_prompt(total)
         if self.policy.advantage == "group":
             found = group_relative(by_prompt)
         else:
-            found = self.baselines(by_prompt, self._by_prompt(numbers)[:, 0])
+            found = self.baselines(by_prompt, self.by_prompt(numbers)[:, 0])
         bound = self.policy.advantage_clip
         return found.clamp(-bound, bound).T.flatten()
 
@@ -183,7 +169,3 @@ class PolicyGradientTask(RewardTuningTask):
             figures["loss"] += loss.detach()
             figures["clipped"] += ((ratio.detach() - 1).abs() > self.policy.clip_range) / len(actions)
         return figures
-
-    def _by_prompt(self, values: Tensor) -> Tensor:
-        """One row a prompt, with its samples."""
-        return values.unflatten(0, (self.policy.samples_per_prompt, -1)).transpose(0, 1)
