@@ -298,7 +298,7 @@ def test_a_scorer_behind_http_trains(tiny_recipe: Path) -> None:
         ({"window": {"random_last": [1, 2]}}, "window: random_last is for gradients of rewards"),
         ({"rollout": {"solver": "dpm_solver_2m"}}, "has no stochastic steps; allowed: ddim, euler"),
         ({"prefix": {"mode": "stage"}, "window": {"last": 1}}, "holds one sample a prompt; allowed: worker"),
-        ({"composition": {"conflicts": "pcgrad"}}, "need the rewards' gradients; allowed: normalise"),
+        ({"composition": {"conflicts": "pcgrad"}}, "need the rewards' gradients; leave them out"),
         ({"eta": 0.0}, "task.eta: Input should be greater than 0"),
         ({"updates_per_rollout": 3}, "run.checkpoint_every = 4 is not a multiple of task.updates_per_rollout = 3"),
         ({"etta": 1.0}, "task.etta: unknown key; allowed here: "),

@@ -129,6 +129,10 @@ def test_shards_are_safetensors_alone(ran: Path) -> None:
             {"task.kind": "policy_gradient", "task.window": {"last": 2}, "task.updates_per_rollout": 2},
             "updates_per_rollout = 2 keeps a whole copy",
         ),
+        (
+            {"task.kind": "reward_weighted", "task.window": {"last": 2}, "task.temperature": 1.0},
+            "makes the images that a worker lacks",
+        ),
     ],
     ids=str,
 )

@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import BaseModel
 
 KINDS = (
-    *("reward_tuning", "policy_gradient", "ranked_tuning", "direct_tuning", "denoising", "object_encoder"),
+    *("reward_tuning", "policy_gradient", "reward_weighted", "direct_tuning", "denoising", "object_encoder"),
     *("prompt_engineering", "best_of"),
 )
 """Discriminators of unions show up in locations; a reader of the file never wrote them there."""

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -24,14 +23,6 @@ def policy_loss(ratio: Float[Tensor, " b"], advantage: Float[Tensor, " b"], clip
     ratio: density of the decision under the policy that learns, over that under the policy that took it.
     """
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_range, 1 + clip_range) * advantage)
-
-
-def preference_loss(margin: Float[Tensor, " b"], beta: float) -> Float[Tensor, " b"]:
-    """`-log sigmoid(-beta * margin)` (Diffusion-DPO, Wallace et al. 2024, equation 14).
-
-    margin: how much more the error on the preferred image has grown, over the untrained model's, than on the other.
-    """
-    return -F.logsigmoid(-beta * margin)
 
 
 def cotangent(weight: float, share: float, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, " b"]:

@@ -1,6 +1,7 @@
 """The whole idea on one machine: train, register, evaluate on held-out prompts, report."""
 
 import json
+import os
 import platform
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -81,7 +82,7 @@ def finish(trained: Sequence[Trained], summary: dict[str, Any], peak_gib: float,
         "alone": own,
         "registered": trained[0].registered,
         "train_seconds": round(sum(run.train_seconds for run in trained), 1),
-        "mixture": [_ingredient(recipe, run) for recipe, run in zip(recipes, trained, strict=True)],
+        "mixture": [_ingredient(recipe, run, out) for recipe, run in zip(recipes, trained, strict=True)],
         "peak_rss_gib": round(peak_gib, 2),
         "num_prompts": evaluation.num_prompts,
         "num_seeds": evaluation.num_seeds,
@@ -99,11 +100,12 @@ def finish(trained: Sequence[Trained], summary: dict[str, Any], peak_gib: float,
     return report
 
 
-def _ingredient(recipe: Recipe, run: Trained) -> dict[str, Any]:
-    """An encoder of the mixture: where it acts, at which weight, and what training it took."""
+def _ingredient(recipe: Recipe, run: Trained, first: Path) -> dict[str, Any]:
+    """An encoder of the mixture: its run as seen from the first, where it acts, and what training it took."""
     assert recipe.evaluation is not None
     return {
         "name": recipe.name,
+        "run": os.path.relpath(run.run_dir, first),
         "registered": run.registered,
         "weight": recipe.evaluation.weight,
         "steps": list(used_steps(recipe)),

@@ -15,7 +15,7 @@ from craftor.object_settings import ObjectEncoder
 from craftor.overrides import override
 from craftor.rollout import Rollout, Section, Window
 from craftor.run_settings import Data, Evaluation, Model, Optimizer, Register, Run, Validation
-from craftor.sampled_settings import PolicyGradient, RankedTuning, Sampled
+from craftor.sampled_settings import PolicyGradient, RewardWeighted, Sampled
 from craftor.searching.settings import MEASURED, Distribution, Search, Value, corners, expand, substitute
 from craftor.task_settings import Denoising, DirectTuning, Prefix, Reward, RewardTuning, Tuning
 from craftor.train_settings import Part, Train
@@ -32,7 +32,7 @@ __all__ = [
     "Part",
     "PolicyGradient",
     "Prefix",
-    "RankedTuning",
+    "RewardWeighted",
     "RecipeError",
     "Register",
     "Reward",
@@ -55,7 +55,7 @@ class Recipe(Section):
     model: Model
     data: Data
     task: Annotated[
-        RewardTuning | PolicyGradient | RankedTuning | DirectTuning | Denoising | ObjectEncoder,
+        RewardTuning | PolicyGradient | RewardWeighted | DirectTuning | Denoising | ObjectEncoder,
         Field(discriminator="kind"),
     ]
     optimizer: Optimizer
@@ -100,7 +100,7 @@ class Recipe(Section):
         if self.model.text_encoder is not None and not isinstance(self.task, RewardTuning):
             raise ValueError(
                 f"model.text_encoder = {self.model.text_encoder!r}: it conditions a window, and task.kind = "
-                f'"{self.task.kind}" has none; allowed: reward_tuning, policy_gradient, ranked_tuning'
+                f'"{self.task.kind}" has none; allowed: reward_tuning, policy_gradient, reward_weighted'
             )
         return self
 

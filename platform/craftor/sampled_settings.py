@@ -36,7 +36,7 @@ class Sampled(RewardTuning):
         if self.prefix.mode != "worker":
             raise ValueError(f'prefix.mode = "{self.prefix.mode}" holds one sample a prompt; allowed: worker')
         if self.composition.weights != "given" or self.composition.conflicts != "sum":
-            raise ValueError("composition: equal_shares and pcgrad need the rewards' gradients; allowed: normalise")
+            raise ValueError("composition: equal_shares and pcgrad need the rewards' gradients; leave them out")
         if taken := [name for name in self.rewards if name in self.own_metrics]:
             raise ValueError(f"a reward is named {taken[0]!r}, which is another metric's name; choose another")
         return self
@@ -83,35 +83,29 @@ class PolicyGradient(Sampled):
         return self
 
 
-class RankedTuning(Sampled):
-    """Learn from a prompt's best and worst images, without any gradient through the chain.
+class RewardWeighted(Sampled):
+    """Learn to denoise a prompt's better images, without any gradient through the chain (reward-weighted regression).
 
-    The untrained model makes the images. What trains learns to denoise the best from the noise levels of the window's
-    steps (RAFT, Dong et al. 2023), or to denoise the best better than the worst, by more than the untrained model does
-    (Diffusion-DPO, Wallace et al. 2024), or both. Guidance's empty prompt does not train.
+    The untrained model makes the images, once. At every step one of a prompt's is chosen, with probability
+    softmax(total / temperature), and what trains learns to denoise it from the noise level of a step of the window.
     """
 
-    own_metrics: ClassVar[tuple[str, ...]] = ("gap", "preferred")
-    kind: Literal["ranked_tuning"]  # type: ignore[assignment]  # the tag of the union of tasks
+    own_metrics: ClassVar[tuple[str, ...]] = ("chosen", "gap")
+    kind: Literal["reward_weighted"]  # type: ignore[assignment]  # the tag of the union of tasks
     window: Window = Window(first=1, of=1, outside="tuned")
     """The steps whose noise levels are learnt, and in which what has trained is to be used; by default all."""
     samples_per_prompt: int = Field(4, ge=2)
-    levels: int = Field(6, ge=1)
-    """Noise levels at which each prompt's images are learnt in a step: the window has as many parts, each gives one."""
-    best_weight: float = Field(1.0, ge=0)
-    """Weight of the error in denoising the best image."""
-    preference_weight: float = Field(0.0, ge=0)
-    """Weight of preferring the best to the worst: -log sigmoid(-beta ((e - e0)(best) - (e - e0)(worst))), where e is
-    the mean squared error and e0 the untrained model's."""
-    beta: float = Field(1000.0, gt=0)
-
-    def metrics(self) -> tuple[str, ...]:
-        return tuple(name for name in super().metrics() if name != "preferred" or self.preference_weight)
+    temperature: float = Field(gt=0)
+    """In units of the weighted sum of the rewards: the lower, the more often it is the best; the higher, the more alike
+    what is learnt stays to what the untrained model makes."""
+    loss_guidance: float = Field(1.0, ge=1)
+    """Guidance scale of the prediction whose error is learnt from. The images were made under guidance, so to learn
+    them without any (1) is to have it twice when they are used under guidance again, and they become more alike."""
 
     @model_validator(mode="after")
-    def _something_is_learnt(self) -> "RankedTuning":
-        if not self.best_weight and not self.preference_weight:
-            raise ValueError("best_weight and preference_weight are 0: nothing is learnt; allowed: one of them > 0")
-        if self.window.null != "tuned":
-            raise ValueError(f'window.null = "{self.window.null}": the empty prompt never trains here; leave it out')
+    def _images_are_made_once(self) -> "RewardWeighted":
+        if self.composition.moves:
+            raise ValueError("composition.normalise: images are scored once, before there is a spread; leave it out")
+        if watching := [name for name, reward in self.rewards.items() if reward.every]:
+            raise ValueError(f"rewards.{watching[0]}.every: images are made once, and do not change; leave it out")
         return self

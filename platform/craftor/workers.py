@@ -6,7 +6,7 @@ from pydantic import Field
 
 from craftor.object_settings import ObjectEncoder
 from craftor.rollout import Section, Window
-from craftor.sampled_settings import PolicyGradient
+from craftor.sampled_settings import PolicyGradient, RewardWeighted
 from craftor.task_settings import Denoising, RewardTuning, Tuning
 
 Count = Annotated[int, Field(ge=1)]
@@ -50,6 +50,11 @@ def check_task_in_shards(task: Tuning | Denoising | ObjectEncoder) -> None:
     """
     if isinstance(task, ObjectEncoder):
         raise ValueError('workers.strategy = "fsdp": task.kind = "object_encoder" trains whole; allowed: ddp')
+    if isinstance(task, RewardWeighted):
+        raise ValueError(
+            'workers.strategy = "fsdp": task.kind = "reward_weighted" makes the images that a worker lacks, and others '
+            "may have theirs; allowed: ddp"
+        )
     if isinstance(task, Denoising):
         return
     if not {"unet", "text_encoder_2"} & task.train.parts.keys():

@@ -70,10 +70,10 @@ def build(recipe: Recipe, device: torch.device | str = "cpu", elsewhere: Mapping
         from craftor.tasks.policy_gradient import PolicyGradientTask
 
         return PolicyGradientTask(recipe, device, elsewhere)
-    if recipe.task.kind == "ranked_tuning":
-        from craftor.tasks.ranked_tuning import RankedTuningTask
+    if recipe.task.kind == "reward_weighted":
+        from craftor.tasks.reward_weighted import RewardWeightedTask
 
-        return RankedTuningTask(recipe, device, elsewhere)
+        return RewardWeightedTask(recipe, device, elsewhere)
     if recipe.task.kind == "direct_tuning":
         from craftor.tasks.direct_tuning import DirectTuningTask
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from craftor import objective
+from craftor import objective, seeds
 from craftor.advantages import PromptBaselines, group_relative
 from craftor.decode import decode
 from craftor.denoise import Guided, Prompt, State, sample
@@ -92,7 +92,7 @@ class PolicyGradientTask(SampledTask):
         figures = self._backward(actions, base_means, leaves, advantage, share)
         self._into_encoders(tuned, leaves, share * anchor)
         metrics = {"loss": figures.pop("loss"), "total": total, **scores, **figures, **looks}
-        return {name: self.by_prompt(values) for name, values in metrics.items()}
+        return {name: self._by_prompt(values) for name, values in metrics.items()}
 
     def _refresh(self, number: int) -> None:
         """Sample from the present policy from here on, where optimiser step `number` begins a rollout."""
@@ -113,7 +113,7 @@ class PolicyGradientTask(SampledTask):
         """Samples of the acting policy, sample k of all prompts after sample k - 1 of all; and their final latents."""
         outside = acting if self.outside_is_tuned else original
         inside = Prompt(acting.condition, original.null if self.settings.window.null == "original" else acting.null)
-        latents, actions = self.normal(rows, "noise"), []
+        latents, actions = self._normal(rows, "noise"), []
         fork = min(self.noisy) if self.policy.same_noise else 0
         if self.policy.same_noise:
             latents = sample(self.acting, State(latents[: len(rows.position)]), outside, range(fork)).latents
@@ -125,7 +125,7 @@ class PolicyGradientTask(SampledTask):
             if index not in self.noisy:
                 latents = step.advance(latents, step.x0(latents, output), None)
                 continue
-            mean, noise = self.noisy[index].mean(latents, output), self.normal(rows, f"action {index}")
+            mean, noise = self.noisy[index].mean(latents, output), self._normal(rows, f"action {index}")
             actions.append(Action(index, latents, mean, noise))
             latents = mean + self.noisy[index].deviation * noise
         return actions, latents
@@ -142,11 +142,11 @@ class PolicyGradientTask(SampledTask):
         return noisy_step.mean(action.latents, guided.output(action.latents, prompt, noisy_step.step.timestep))
 
     def _advantages(self, total: Tensor, numbers: Tensor) -> Tensor:
-        by_prompt = self.by_prompt(total)
+        by_prompt = self._by_prompt(total)
         if self.policy.advantage == "group":
             found = group_relative(by_prompt)
         else:
-            found = self.baselines(by_prompt, self.by_prompt(numbers)[:, 0])
+            found = self.baselines(by_prompt, self._by_prompt(numbers)[:, 0])
         bound = self.policy.advantage_clip
         return found.clamp(-bound, bound).T.flatten()
 
@@ -169,3 +169,13 @@ class PolicyGradientTask(SampledTask):
             figures["loss"] += loss.detach()
             figures["clipped"] += ((ratio.detach() - 1).abs() > self.policy.clip_range) / len(actions)
         return figures
+
+    def _normal(self, rows: Rows, purpose: str) -> Tensor:
+        """Noise that each sample of each prompt has for itself."""
+        shape = self.diffuser.latent_shape
+        parts = [seeds.normal(self.seed, rows.position, f"{purpose} of sample {k}", shape) for k in range(self.many)]
+        return torch.cat(parts).to(self.diffuser.device)
+
+    def _by_prompt(self, values: Tensor) -> Tensor:
+        """One row a prompt, with its samples."""
+        return values.unflatten(0, (self.many, -1)).transpose(0, 1)

@@ -1,7 +1,7 @@
 """What the tasks share that make several samples of each prompt and learn from how their scores compare.
 
 A row of the batch is a prompt; its samples are made together, so that what a row teaches depends on that row alone,
-whatever the workers and micro-batches. Sample k of all prompts comes after sample k - 1 of all.
+whatever the workers and micro-batches.
 """
 
 from collections.abc import Mapping
@@ -9,11 +9,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from craftor import seeds
 from craftor.denoise import Prompt
 from craftor.recipe import Recipe, Sampled
 from craftor.scoring import Elsewhere
-from craftor.stream import Rows
 from craftor.tasks.reward_tuning import RewardTuningTask
 
 
@@ -35,13 +33,3 @@ class SampledTask(RewardTuningTask):
         """Each prompt as often as it is sampled."""
         again = torch.arange(len(prompt.condition)).repeat(self.many)
         return Prompt(prompt.condition[again], prompt.null)
-
-    def normal(self, rows: Rows, purpose: str) -> Tensor:
-        """Noise that each sample of each prompt has for itself."""
-        shape = self.diffuser.latent_shape
-        parts = [seeds.normal(self.seed, rows.position, f"{purpose} of sample {k}", shape) for k in range(self.many)]
-        return torch.cat(parts).to(self.diffuser.device)
-
-    def by_prompt(self, values: Tensor) -> Tensor:
-        """One row a prompt, with its samples."""
-        return values.unflatten(0, (self.many, -1)).transpose(0, 1)
