@@ -45,8 +45,8 @@ def moved(task: Task) -> RewardWeightedTask:
 
 @pytest.mark.parametrize(
     "overrides",
-    [{}, {"loss_guidance": 2.0}, {"loss_guidance": 2.0, "train": {"unet": {}}}],
-    ids=["text encoder", "under guidance", "unet, under guidance"],
+    [{}, {"loss_guidance": 2.0}, {"loss_guidance": 2.0, "train": {"unet": {}}, "drawn_in": 2}],
+    ids=["text encoder", "under guidance", "unet, under guidance, from images made in two steps"],
 )
 def test_gradient_is_that_of_denoising_the_chosen_image(tiny_recipe: Path, overrides: dict) -> None:
     """Against one autograd graph, with images, noise levels and targets by diffusers' own parts."""
@@ -61,7 +61,7 @@ def test_gradient_is_that_of_denoising_the_chosen_image(tiny_recipe: Path, overr
     encoder = dict(task.module.items()).get("text_encoder", diffuser.text_encoder)
     unet = dict(task.module.items()).get("unet", diffuser.unet)
     ids, shape = diffuser.tokenize(PROMPTS), diffuser.latent_shape
-    scheduler.set_timesteps(4)
+    scheduler.set_timesteps(task.weighted.drawn_in or 4)
     made = []
     with torch.no_grad():
         original, null = embed(diffuser.encoders, ids).embeds, diffuser.null().embeds
@@ -78,6 +78,7 @@ def test_gradient_is_that_of_denoising_the_chosen_image(tiny_recipe: Path, overr
     chance, drawn = (red / 0.1).softmax(dim=1), seeds.uniform(SEED, range(3), "choice")
     chosen = [next(k for k in range(MANY) if drawn[i] <= chance[i, : k + 1].sum() + 1e-6) for i in range(3)]
     latents = torch.stack([made[chosen[i]][i] for i in range(3)])
+    scheduler.set_timesteps(4)
     timesteps = scheduler.timesteps[1:3][(2 * seeds.uniform(SEED, range(3), "noise level")).long()]
     noise = seeds.normal(SEED, range(3), "noise", shape)
     noisy = scheduler.add_noise(latents, noise, timesteps)

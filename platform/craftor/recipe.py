@@ -123,8 +123,8 @@ class Recipe(Section):
 
     @property
     def images_per_step(self) -> int:
-        """Images that are made and scored for one optimiser step."""
-        return self.run.batch_size * (self.task.samples_per_prompt if isinstance(self.task, Sampled) else 1)
+        """Images that are made and scored, or learnt, in one optimiser step."""
+        return self.run.batch_size * (self.task.samples_per_prompt if isinstance(self.task, PolicyGradient) else 1)
 
     @property
     def num_processes(self) -> int:

@@ -98,6 +98,8 @@ class RewardWeighted(Sampled):
     temperature: float = Field(gt=0)
     """In units of the weighted sum of the rewards: the lower, the more often it is the best; the higher, the more alike
     what is learnt stays to what the untrained model makes."""
+    drawn_in: int | None = Field(None, ge=1, le=1000)
+    """Denoising steps in which the images are made, by default the rollout's: fewer take less time."""
     loss_guidance: float = Field(1.0, ge=1)
     """Guidance scale of the prediction whose error is learnt from. The images were made under guidance, so to learn
     them without any (1) is to have it twice when they are used under guidance again, and they become more alike."""

@@ -81,7 +81,8 @@ class Scoring:
             if not differentiable and not isinstance(settings, Sampled):
                 raise ValueError(
                     f"task.rewards.{name}: not differentiable, so it cannot be backpropagated; allowed: "
-                    'task.kind = "policy_gradient", which needs no gradient, or evaluation_only = true'
+                    'task.kind = "policy_gradient" or "reward_weighted", which need no gradient, or '
+                    "evaluation_only = true"
                 )
         for reward in built.values():
             if isinstance(reward, nn.Module):

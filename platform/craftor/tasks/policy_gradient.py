@@ -45,6 +45,7 @@ class PolicyGradientTask(SampledTask):
         self.policy = recipe.task
         drawn = draw(self.policy.window, self.guided.num_steps, 0.0, 0.0)
         self.noisy = {index: noisy(self.guided.schedule[index], self.policy.eta) for index in drawn.steps}
+        self.base = self.diffuser.guided(self.policy.rollout)
         # What samples: the policy itself, or its copy from the beginning of every `updates_per_rollout` steps.
         self.actor, self.phase = self.module, -1
         if self.policy.updates_per_rollout > 1:

@@ -49,6 +49,8 @@ class RewardWeightedTask(SampledTask):
         steps = draw(self.weighted.window, self.guided.num_steps, 0.0, 0.0).steps
         self.timesteps = torch.tensor([self.guided.schedule[index].timestep for index in steps])
         self.learner = replace(self.guided, guidance_scale=self.weighted.loss_guidance)
+        drawn_in = self.weighted.drawn_in or self.guided.num_steps
+        self.base = self.diffuser.guided(self.weighted.rollout.model_copy(update={"num_steps": drawn_in}))
         self.null = self.diffuser.null()
         self.made: dict[int, Drawn] = {}
         self.room = KEPT_BYTES
@@ -95,7 +97,8 @@ class RewardWeightedTask(SampledTask):
         condition = embed(self.diffuser.encoders, row.ids(self.diffuser.device))
         noise = [seeds.normal(self.seed, [index], f"noise of sample {k}", shape) for k in range(self.many)]
         start = State(torch.cat(noise).to(self.diffuser.device))
-        final = sample(self.base, start, self.each(Prompt(condition, self.null)), range(self.base.num_steps)).latents
+        prompt, steps = self.each(Prompt(condition, self.null)), range(self.base.num_steps)
+        final = sample(self.base, start, prompt, steps).latents
         self.images = decode(self.diffuser.vae, final, self.diffuser.decoder_precision)
         scores = self.scoring.begin(self.images, prompts)()
         return Drawn(final, self.scoring.total(scores), {**scores, **measure(self.images, prompts)})

@@ -24,7 +24,6 @@ class SampledTask(RewardTuningTask):
         assert isinstance(recipe.task, Sampled)
         super().__init__(recipe, device, elsewhere)
         self.many = recipe.task.samples_per_prompt
-        self.base = self.diffuser.guided(recipe.task.rollout)
 
     def observe(self, metrics: Mapping[str, Tensor]) -> dict[str, float]:
         return super().observe({name: values.flatten(0, 1) for name, values in metrics.items()})
