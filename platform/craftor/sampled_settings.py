@@ -88,6 +88,7 @@ class RewardWeighted(Sampled):
 
     The untrained model makes the images, once. At every step one of a prompt's is chosen, with probability
     softmax(total / temperature), and what trains learns to denoise it from the noise level of a step of the window.
+    Guidance's empty prompt does not train.
     """
 
     own_metrics: ClassVar[tuple[str, ...]] = ("chosen", "gap")
@@ -100,9 +101,6 @@ class RewardWeighted(Sampled):
     what is learnt stays to what the untrained model makes."""
     drawn_in: int | None = Field(None, ge=1, le=1000)
     """Denoising steps in which the images are made, by default the rollout's: fewer take less time."""
-    loss_guidance: float = Field(1.0, ge=1)
-    """Guidance scale of the prediction whose error is learnt from. The images were made under guidance, so to learn
-    them without any (1) is to have it twice when they are used under guidance again, and they become more alike."""
 
     @model_validator(mode="after")
     def _images_are_made_once(self) -> "RewardWeighted":
@@ -110,4 +108,6 @@ class RewardWeighted(Sampled):
             raise ValueError("composition.normalise: images are scored once, before there is a spread; leave it out")
         if watching := [name for name, reward in self.rewards.items() if reward.every]:
             raise ValueError(f"rewards.{watching[0]}.every: images are made once, and do not change; leave it out")
+        if self.window.null != "tuned":
+            raise ValueError(f'window.null = "{self.window.null}": the empty prompt never trains here; leave it out')
         return self

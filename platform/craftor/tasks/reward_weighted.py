@@ -7,7 +7,7 @@ weights, so that each costs one call of the network.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -48,7 +48,6 @@ class RewardWeightedTask(SampledTask):
         self.weighted = recipe.task
         steps = draw(self.weighted.window, self.guided.num_steps, 0.0, 0.0).steps
         self.timesteps = torch.tensor([self.guided.schedule[index].timestep for index in steps])
-        self.learner = replace(self.guided, guidance_scale=self.weighted.loss_guidance)
         drawn_in = self.weighted.drawn_in or self.guided.num_steps
         self.base = self.diffuser.guided(self.weighted.rollout.model_copy(update={"num_steps": drawn_in}))
         self.null = self.diffuser.null()
@@ -66,11 +65,11 @@ class RewardWeightedTask(SampledTask):
         noise = seeds.normal(self.seed, rows.position, "noise", self.diffuser.latent_shape)
         noised = at(self.diffuser, latents, noise.to(latents), self.timesteps[which].to(latents.device))
 
-        leaves = Prompt(tuned.condition.leaf(), self._null(tuned, original))
-        predicted = self.learner.output(noised.noisy, leaves, noised.timesteps)
+        leaf = tuned.condition.leaf()
+        predicted = self.guided.call(noised.noisy, noised.timesteps, leaf)
         error = (predicted - noised.target).square().mean(dim=(1, 2, 3))
-        (share * error.mean()).backward()  # to the leaves and, where the UNet trains, its parameters
-        self._into_encoders(tuned, leaves, share * anchor)
+        (share * error.mean()).backward()  # to the leaf and, where the UNet trains, its parameters
+        self._into_encoders(tuned, Prompt(leaf, tuned.null.detach()), share * anchor)
         figures = {name: torch.stack([of.figures[name] for of in drawn]) for name in drawn[0].figures}
         of_prompts = {
             "loss": error.detach(),
