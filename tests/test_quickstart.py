@@ -63,8 +63,7 @@ def test_an_installed_wheel_makes_a_whole_report(python: Path, folder: Path) -> 
         timeout=600,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    for name in ("micro-textcraftor", "micro-alignment"):
-        assert f"registered in MLflow: models:/{name}/1" in done.stdout
+    assert "registered in MLflow: models:/micro-textcraftor/1" in done.stdout
     report = json.loads((folder / "runs" / "quickstart" / "report.json").read_text())
     assert set(report["metrics"]) == METRICS
     for metric in report["metrics"].values():
@@ -73,18 +72,8 @@ def test_an_installed_wheel_makes_a_whole_report(python: Path, folder: Path) -> 
     assert held_out == METRICS - {"clip", "aesthetic", "total"}
     assert [point["weight"] for point in report["interpolation"]] == [0, 0.25, 0.5, 0.75, 1]
     assert report["registered"] == {"name": "micro-textcraftor", "version": "1"}
-    assert set(report["alone"]) == METRICS and report["alone"]["clip"] != report["metrics"]["clip"]
-    assert [(encoder["name"], encoder["steps"]) for encoder in report["mixture"]] == [
-        ("micro-textcraftor", [15, 20]),
-        ("micro-alignment", [1, 7]),
-    ]
     run = folder / "runs" / "quickstart"
     images = [json.loads(line) for line in (run / "evaluation" / "images.jsonl").read_text().splitlines()]
     assert sum(image["variant"] == "base" for image in images) == 6 * 2
-    assert sum(image["variant"] == "micro-textcraftor" for image in images) == 6 * 2
     for name in ("report.html", "report.png", "bundle/encoder.toml", "bundle/text_encoder/model.safetensors"):
         assert (run / name).stat().st_size > 0
-    listed = subprocess.run(
-        [python, "-m", "craftor", "list"], cwd=folder, env=clean, capture_output=True, text=True, check=True
-    ).stdout
-    assert "micro-textcraftor" in listed and "micro-alignment" in listed

@@ -24,9 +24,6 @@ def metric(delta: float, *, held_out: bool = False, noise: float = 0.1) -> dict:
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    (tmp_path / "early").mkdir()
-    (tmp_path / "early" / "recipe.toml").write_text('name = "early"\n')
-    tmp_path = tmp_path / "run"
     images = tmp_path / "evaluation" / "samples"
     images.mkdir(parents=True)
     samples = []
@@ -50,16 +47,6 @@ def run_dir(tmp_path: Path) -> Path:
         "interpolation": [{"weight": w, "reward": 2 + w, "quality": 5 + w, "accuracy": 0.9} for w in (0, 1)],
         "registered": None,
         "train_seconds": 75.2,
-        "mixture": [
-            {
-                **{"name": "tiny <run>", "run": ".", "weight": 1.0, "steps": [15, 20], "registered": None},
-                **{"optimiser_steps": 29, "seconds": 75.2},
-            },
-            {
-                **{"name": "early", "run": "../early", "weight": 0.5, "steps": [1, 7], "registered": {"version": "3"}},
-                **{"optimiser_steps": 250, "seconds": 8.0},
-            },
-        ],
         "peak_rss_gib": 2.3,
         "num_prompts": 50,
         "num_seeds": 2,
@@ -91,9 +78,7 @@ def test_page_shows_the_numbers(run_dir: Path) -> None:
         assert f"<td>{quality[key]:.3f}</td>" in html
     assert f"+{quality['delta']:.3f}" in html
     assert html.index("Never trained on") < html.index("Trained on") < html.index("Accuracy by attribute")
-    assert 'class="held"' in html and "trained 29 steps in 1 min 15 s; unregistered" in html
-    assert "weight 0.5 in denoising steps 1 to 6; trained 250 steps in 8 s; registered as version 3" in html
-    assert "Recipe of early" in html
+    assert 'class="held"' in html and "1 min 15 s" in html and "not registered" in html
 
 
 def test_poster_has_its_size(run_dir: Path) -> None:

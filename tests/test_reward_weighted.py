@@ -97,9 +97,13 @@ def test_images_are_made_once_and_are_the_same_bits_again(tiny_recipe: Path, mon
     first, resumed = (moved(build(recipe(tiny_recipe))) for _ in range(2))
     calls: Counter[int] = Counter()
     draw = RewardWeightedTask._draw
-    monkeypatch.setattr(
-        RewardWeightedTask, "_draw", lambda task, index, row: (calls.update([index]), draw(task, index, row))[1]
-    )
+
+    def counted(task: RewardWeightedTask, wanted: list[Rows]) -> list[reward_weighted.Drawn]:
+        assert len(wanted) == task.weighted.prompts_at_once
+        calls.update({int(row.columns["index"][0]) for row in wanted})
+        return draw(task, wanted)
+
+    monkeypatch.setattr(RewardWeightedTask, "_draw", counted)
     for positions in ([0, 1], [2, 3], [4, 5]):
         first.step(rows(first, positions))
     assert calls == {0: 1, 1: 1, 2: 1}

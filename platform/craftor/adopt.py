@@ -36,9 +36,7 @@ def adopt(connected: MlflowClient, run_dir: Path, name: str | None, aliases: Seq
     tracker.output(model, checkpoint.step_of(last))
     evaluation = run_dir / "evaluation" / "summary.json"
     if evaluation.is_file():
-        found = json.loads(evaluation.read_text())
-        # Of a mixture the quickstart has scored this encoder by itself, too.
-        metrics = found.get("methods", {}).get(recipe.name, found["metrics"])
+        metrics = json.loads(evaluation.read_text())["metrics"]
         tracker.scores(metrics)
         registry.score(connected, registered, metrics)
     return registered

@@ -6,7 +6,7 @@ comes back as one Parquet file. Interrupted and started again, it does the parts
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -91,23 +91,17 @@ def suite_prompts(asked: Asked) -> list[dict[str, Any]]:
 
 
 def evaluate(
-    recipe: Recipe,
-    tuned: Sequence[Tuned],
-    out: Path,
-    num_actors: int,
-    asked: Asked | None = None,
-    others: Mapping[str, Sequence[Tuned]] | None = None,
+    recipe: Recipe, tuned: Sequence[Tuned], out: Path, num_actors: int, asked: Asked | None = None
 ) -> dict[str, Any]:
     """Fill `out` with parts, `samples/`, `images.jsonl`, `samples.json` and `summary.json`; returns the summary.
 
-    The summary has `metrics` (name -> what `statistics.paired` gives, and `held_out`), the `interpolation` curve, of a
-    suite `categories`, and `methods`: the recipe's and `others`, which are mixtures, too. Raises EvaluationError where
-    `out` holds another evaluation, SuiteError for a suite that is not what it should be.
+    The summary has `metrics` (name -> what `statistics.paired` gives, and `held_out`), the `interpolation` curve and,
+    of a suite, `categories`. Raises EvaluationError where `out` holds another evaluation, SuiteError for a suite that
+    is not what it should be.
     """
     asked = asked or Asked()
-    others = others or {}
-    make_images(recipe, {"tuned": tuned, **others}, out, num_actors, asked)
-    return _conclude(_with(recipe, asked), out, asked, others)
+    make_images(recipe, {"tuned": tuned}, out, num_actors, asked)
+    return _conclude(_with(recipe, asked), out, asked)
 
 
 def make_images(
@@ -173,7 +167,7 @@ def describe(
     }
 
 
-def _conclude(recipe: Recipe, out: Path, asked: Asked, others: Collection[str]) -> dict[str, Any]:
+def _conclude(recipe: Recipe, out: Path, asked: Asked) -> dict[str, Any]:
     """Pictures as files, records as lines of JSON, and the statistics."""
     assert isinstance(recipe.task, Tuning)
     (out / "samples").mkdir(exist_ok=True)
@@ -188,8 +182,7 @@ def _conclude(recipe: Recipe, out: Path, asked: Asked, others: Collection[str]) 
     trained |= {name + PAPER for name in trained}
     trained |= {*ATTRIBUTES, "accuracy"} if recipe.task.oracle_trains else set()
     assert recipe.evaluation is not None
-    known = {**methods.known_to(recipe.evaluation.methods), **dict.fromkeys(others, trained)}
-    summary = summarise(images, trained, known)
+    summary = summarise(images, trained, methods.known_to(recipe.evaluation.methods))
     if asked.suite:
         summary["categories"] = breakdown(images, suites.SUITES[asked.suite].columns)
     (out / "summary.json").write_text(json.dumps(summary, indent=2))

@@ -35,7 +35,14 @@ class Trained:
 
 def train(recipe: Recipe, source: Path, run_dir: Path) -> Trained:
     """Start a new run in an empty or missing folder. `source` is the recipe file, for error messages."""
-    check_new(recipe, source, run_dir)
+    preflight.check(recipe, source)
+    if run_dir.exists() and any(run_dir.iterdir()):
+        raise RecipeError(
+            f"{source}: the output folder {run_dir} holds another run; choose a new one with --out, or go on with "
+            f"that run by: craftor train --resume {run_dir}"
+        )
+    if recipe.run.storage is not None:
+        storage_checks.refuse_if_used(recipe.run.storage)
     connected = tracking.client(run_dir.parent)
     run_dir.mkdir(parents=True, exist_ok=True)
     recipe = absolute(recipe)
@@ -51,18 +58,6 @@ def train(recipe: Recipe, source: Path, run_dir: Path) -> Trained:
         tracker = tracking.Tracker.start(connected, recipe, prepared)
         write_json(run_dir / "run.json", {"mlflow_run_id": tracker.run_id, "digest": prepared.digest, "seconds": 0.0})
         return _train(recipe, run_dir, prepared, tracker)
-
-
-def check_new(recipe: Recipe, source: Path, run_dir: Path) -> None:
-    """Raises RecipeError for what would stop the run before its first step: a recipe or a folder that cannot be."""
-    preflight.check(recipe, source)
-    if run_dir.exists() and any(run_dir.iterdir()):
-        raise RecipeError(
-            f"{source}: the output folder {run_dir} holds another run; choose a new one with --out, or go on with "
-            f"that run by: craftor train --resume {run_dir}"
-        )
-    if recipe.run.storage is not None:
-        storage_checks.refuse_if_used(recipe.run.storage)
 
 
 def resume(run_dir: Path, other: Recipe | None = None, accept: bool = False) -> Trained:

@@ -1,9 +1,8 @@
 """The whole idea on one machine: train, register, evaluate on held-out prompts, report."""
 
 import json
-import os
 import platform
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,46 +11,30 @@ import psutil
 from craftor import checkpoint, registry
 from craftor.cluster import ray_session
 from craftor.evaluate import Asked, Tuned, evaluate, used_steps
-from craftor.job import Trained, check_new, train
+from craftor.job import Trained, train
 from craftor.locate import shipped_recipe
 from craftor.memory import peak_memory
-from craftor.recipe import Recipe, RecipeError, Tuning, load, load_run
+from craftor.recipe import RecipeError, Tuning, load, load_run
 from craftor.report import write_report
 from craftor.run_files import write_json
 from craftor.tracking import Tracker, client
 
-STYLE, ALIGNMENT = "micro_textcraftor.toml", "micro_alignment.toml"
-_OF_BOTH = ("model", "run", "seed", "workers")
-"""Sections of which overrides are for both recipes; of all others, for the first alone."""
+RECIPE = "micro_textcraftor.toml"
 
 
 def quickstart(out: Path, overrides: dict[str, Any]) -> dict[str, Any]:
-    """Tune one encoder for the late denoising steps and one for the early ones, and report on their mixture.
-
-    The first run is `out`, with `report.json`, `report.html` and `report.png`; the second is beside it.
-    """
-    common = {key: value for key, value in overrides.items() if key.split(".")[0] in _OF_BOTH}
-    runs = {STYLE: (out, overrides), ALIGNMENT: (out.with_name(f"{out.name}-alignment"), common)}
-    recipes = {name: load(shipped_recipe(name), changes) for name, (_, changes) in runs.items()}
-    for name, (folder, _) in runs.items():
-        check_new(recipes[name], shipped_recipe(name), folder)
-    first = recipes[STYLE]
-    with peak_memory() as peak, ray_session(max(recipe.num_processes for recipe in recipes.values())):
-        trained = [train(recipes[name], shipped_recipe(name), folder) for name, (folder, _) in runs.items()]
-        folders = [run.run_dir for run in trained]
-        # The first costs little by itself, for it shares all but its last steps with the base.
-        summary = evaluate_runs(folders, out / "evaluation", first.workers.most, alone=folders[:1])
-    return finish(trained, summary, peak.gib, "craftor quickstart")
+    """Run the shipped recipe into `out` and write `report.json`, `report.html` and `report.png` there."""
+    source = shipped_recipe(RECIPE)
+    recipe = load(source, overrides)
+    with peak_memory() as peak, ray_session(recipe.num_processes):
+        trained = train(recipe, source, out)
+        summary = evaluate_runs([out], out / "evaluation", recipe.workers.most)
+    return finish(out, trained, summary, peak.gib, "craftor quickstart")
 
 
-def evaluate_runs(
-    runs: Sequence[Path], out: Path, num_actors: int, asked: Asked | None = None, alone: Collection[Path] = ()
-) -> dict[str, Any]:
-    """Evaluate the mixture of the runs' encoders, each in its own window, by the first run's evaluation section.
-
-    Those of `alone` are also evaluated by themselves: under their recipes' names in the summary's `methods`.
-    """
-    tuned, variants, first = [], {}, None
+def evaluate_runs(runs: Sequence[Path], out: Path, num_actors: int, asked: Asked | None = None) -> dict[str, Any]:
+    """Evaluate the mixture of the runs' encoders, each in its own window, by the first run's evaluation section."""
+    tuned, first = [], None
     for run in runs:
         recipe = load_run(run)
         first = first or recipe
@@ -62,30 +45,23 @@ def evaluate_runs(
         if last is None:
             raise RecipeError(f"{run}: no complete checkpoint to evaluate")
         tuned.append(Tuned(str(last.resolve()), recipe.evaluation.weight, used_steps(recipe)))
-        if run in alone:
-            variants[recipe.name] = tuned[-1:]
     assert first is not None
     with ray_session(num_actors):
-        return evaluate(first, tuned, out, num_actors, asked, variants)
+        return evaluate(first, tuned, out, num_actors, asked)
 
 
-def finish(trained: Sequence[Trained], summary: dict[str, Any], peak_gib: float, command: str) -> dict[str, Any]:
-    """Write `report.json` into the first run, and the two renderings of it; the run's own scores go to the registry."""
-    out = trained[0].run_dir
-    recipes = [load_run(run.run_dir) for run in trained]
-    evaluation = recipes[0].evaluation
-    assert evaluation is not None
-    own = summary.pop("methods")[recipes[0].name]
+def finish(out: Path, trained: Trained, summary: dict[str, Any], peak_gib: float, command: str) -> dict[str, Any]:
+    """Write `report.json` and the two renderings of it."""
+    recipe = load_run(out)
+    assert recipe.evaluation is not None
     report = {
-        "name": recipes[0].name,
+        "name": recipe.name,
         **summary,
-        "alone": own,
-        "registered": trained[0].registered,
-        "train_seconds": round(sum(run.train_seconds for run in trained), 1),
-        "mixture": [_ingredient(recipe, run, out) for recipe, run in zip(recipes, trained, strict=True)],
+        "registered": trained.registered,
+        "train_seconds": round(trained.train_seconds, 1),
         "peak_rss_gib": round(peak_gib, 2),
-        "num_prompts": evaluation.num_prompts,
-        "num_seeds": evaluation.num_seeds,
+        "num_prompts": recipe.evaluation.num_prompts,
+        "num_seeds": recipe.evaluation.num_seeds,
         "machine": machine(),
         "command": command,
     }
@@ -96,22 +72,8 @@ def finish(trained: Sequence[Trained], summary: dict[str, Any], peak_gib: float,
         for path in (*pages, out / "report.json", out / "evaluation" / "images.jsonl"):
             tracker.artifacts(path, "evaluation")
         tracker.artifacts(out / "evaluation" / "samples", "evaluation/samples")
-    record(out, own)
+    record(out, report["metrics"])
     return report
-
-
-def _ingredient(recipe: Recipe, run: Trained, first: Path) -> dict[str, Any]:
-    """An encoder of the mixture: its run as seen from the first, where it acts, and what training it took."""
-    assert recipe.evaluation is not None
-    return {
-        "name": recipe.name,
-        "run": os.path.relpath(run.run_dir, first),
-        "registered": run.registered,
-        "weight": recipe.evaluation.weight,
-        "steps": list(used_steps(recipe)),
-        "optimiser_steps": recipe.run.num_steps,
-        "seconds": round(run.train_seconds, 1),
-    }
 
 
 def record(run: Path, metrics: dict[str, dict[str, Any]]) -> None:

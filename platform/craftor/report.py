@@ -21,19 +21,19 @@ Series = tuple[str, np.ndarray, np.ndarray]
 
 
 def write_report(run_dir: Path) -> tuple[Path, Path]:
-    """Read `report.json`, `metrics.jsonl`, the runs' recipes and `evaluation/samples.json`; returns both paths."""
+    """Read `report.json`, `metrics.jsonl`, `recipe.toml` and `evaluation/samples.json`; returns both files' paths."""
     report = json.loads((run_dir / "report.json").read_text(encoding="utf-8"))
     report["metrics"] = ordered(report["metrics"])
     log = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     samples = json.loads((run_dir / "evaluation" / "samples.json").read_text(encoding="utf-8"))
-    recipes = {e["name"]: (run_dir / e["run"] / "recipe.toml").read_text("utf-8") for e in report["mixture"]}
+    recipe = (run_dir / "recipe.toml").read_text(encoding="utf-8")
     page, picture = run_dir / "report.html", run_dir / "report.png"
-    page.write_text(_page(report, log, samples, recipes, run_dir / "evaluation"), encoding="utf-8")
+    page.write_text(_page(report, log, samples, recipe, run_dir / "evaluation"), encoding="utf-8")
     _poster(picture, report, log, samples, run_dir / "evaluation")
     return page, picture
 
 
-def _page(report: dict, log: list[dict], samples: list[dict], recipes: dict[str, str], folder: Path) -> str:
+def _page(report: dict, log: list[dict], samples: list[dict], recipe: str, folder: Path) -> str:
     metrics = report["metrics"]
     strips = [sample for sample in samples if sample["strip"]][:_MAX_STRIPS]
     return render(
@@ -49,8 +49,8 @@ def _page(report: dict, log: list[dict], samples: list[dict], recipes: dict[str,
         weights=[f"{point['weight']:g}" for point in report["interpolation"]],
         trends=[_trend(*series) for series in _interpolation(report["interpolation"])],
         curves=[_curve(*series) for series in _curves(log)],
-        provenance=_provenance(report),
-        recipes=recipes,
+        provenance=_provenance(report, log),
+        recipe=recipe,
     )
 
 
@@ -161,27 +161,16 @@ def _trend(name: str, weights: np.ndarray, values: np.ndarray) -> dict:
     }
 
 
-def _provenance(report: dict) -> list[tuple[str, str]]:
+def _provenance(report: dict, log: list[dict]) -> list[tuple[str, str]]:
+    minutes, seconds = divmod(round(report["train_seconds"]), 60)
+    registered = report["registered"]
     return [
-        *((encoder["name"], _encoder(encoder)) for encoder in report["mixture"]),
+        ("Registered", f"{registered['name']}, version {registered['version']}" if registered else "not registered"),
+        ("Training", f"{len(log)} steps in " + (f"{minutes} min {seconds} s" if minutes else f"{seconds} s")),
         ("Peak memory", f"{report['peak_rss_gib']:.1f} GiB"),
         ("Machine", report["machine"]),
         ("Command", report["command"]),
     ]
-
-
-def _encoder(encoder: dict) -> str:
-    """Where it acts in the mixture, and how it came to be."""
-    minutes, seconds = divmod(round(encoder["seconds"]), 60)
-    took = f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
-    registered = (
-        f"registered as version {encoder['registered']['version']}" if encoder["registered"] else "unregistered"
-    )
-    first, stop = encoder["steps"]
-    return (
-        f"weight {encoder['weight']:g} in denoising steps {first} to {stop - 1}; "
-        f"trained {encoder['optimiser_steps']} steps in {took}; {registered}"
-    )
 
 
 def _open(path: Path) -> Image.Image:

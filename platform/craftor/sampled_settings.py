@@ -99,6 +99,8 @@ class RewardWeighted(Sampled):
     temperature: float = Field(gt=0)
     """In units of the weighted sum of the rewards: the lower, the more often it is the best; the higher, the more alike
     what is learnt stays to what the untrained model makes."""
+    prompts_at_once: int = Field(4, ge=1)
+    """Prompts whose images are made together; of one, where that is all that fits in memory."""
     drawn_in: int | None = Field(None, ge=1, le=1000)
     """Denoising steps in which the images are made, by default the rollout's: fewer take less time."""
 

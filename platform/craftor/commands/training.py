@@ -25,10 +25,9 @@ def quickstart(out: Out = None, overrides: Set = None) -> None:
     Console().print(table(report["metrics"]))
     for name in ("report.html", "report.png", "report.json", "bundle"):
         print(folder / name)
-    for encoder in report["mixture"]:
-        if registered := encoder["registered"]:
-            print(f"registered in MLflow: models:/{registered['name']}/{registered['version']}")
-    print("next: `craftor serve` draws with them, and `craftor customize` puts an object of yours into new images;")
+    if registered := report["registered"]:
+        print(f"registered in MLflow: models:/{registered['name']}/{registered['version']}")
+    print("next: `craftor serve` draws with it, and `craftor customize` puts an object of yours into new images;")
     print("what they need first is in the README: Serve, An object in new images")
 
 

@@ -2,7 +2,8 @@
 
 Denoising is a chain of decisions (DDPO, Black et al. 2023): inside the window each step is drawn from a Gaussian
 (`stochastic`), and what raises the density of the samples that scored above their prompt's others is learnt. The
-rewards are only asked for numbers.
+rewards are only asked for numbers. A row of the batch is a prompt; its samples are made together, so that what a row
+teaches depends on that row alone, whatever the workers and micro-batches.
 """
 
 import copy
@@ -22,7 +23,7 @@ from craftor.rollout import draw
 from craftor.scoring import Elsewhere
 from craftor.stochastic import divergence, log_ratio, noisy
 from craftor.stream import Rows
-from craftor.tasks.sampled import SampledTask
+from craftor.tasks.reward_tuning import RewardTuningTask
 
 
 class Action(NamedTuple):
@@ -34,7 +35,7 @@ class Action(NamedTuple):
     noise: Tensor
 
 
-class PolicyGradientTask(SampledTask):
+class PolicyGradientTask(RewardTuningTask):
     """The same rollout, encoders, rewards and checkpoints as tuning by the reward's gradient; another estimator."""
 
     def __init__(
@@ -63,7 +64,7 @@ class PolicyGradientTask(SampledTask):
     def observe(self, metrics: Mapping[str, Tensor]) -> dict[str, float]:
         if self.policy.advantage == "prompt":
             self.baselines.observe(metrics["total"], metrics[PROMPT][:, 0])
-        return super().observe(metrics)
+        return super().observe({name: values.flatten(0, 1) for name, values in metrics.items()})
 
     def state(self) -> dict[str, float]:
         return {**super().state(), **{f"baseline/{name}": value for name, value in self.baselines.state().items()}}
@@ -76,11 +77,12 @@ class PolicyGradientTask(SampledTask):
     def step(self, rows: Rows, share: float = 1.0) -> dict[str, Tensor]:
         number = rows.position[0] // self.batch_size
         self._refresh(number)
-        prompts = [str(prompt) for prompt in rows.columns["prompt"]] * self.many
+        many = self.policy.samples_per_prompt
+        prompts = [str(prompt) for prompt in rows.columns["prompt"]] * many
         original, tuned = self._embed(rows)
         anchor = self.settings.anchor * (tuned.condition.embeds - original.condition.embeds).square().mean()
         actions, final = self._roll_out(rows, original, self._acting_prompt(rows, tuned))
-        original, tuned = self.each(original), self.each(tuned)
+        original, tuned = self._each(original), self._each(tuned)
         with torch.no_grad():
             self.images = decode(self.diffuser.vae, final, self.diffuser.decoder_precision)
         waiting = self.scoring.begin(self.images, prompts, number)
@@ -118,8 +120,8 @@ class PolicyGradientTask(SampledTask):
         fork = min(self.noisy) if self.policy.same_noise else 0
         if self.policy.same_noise:
             latents = sample(self.acting, State(latents[: len(rows.position)]), outside, range(fork)).latents
-            latents = latents.repeat(self.many, 1, 1, 1)
-        inside, outside = self.each(inside), self.each(outside)
+            latents = latents.repeat(self.policy.samples_per_prompt, 1, 1, 1)
+        inside, outside = self._each(inside), self._each(outside)
         for index, step in list(enumerate(self.acting.schedule))[fork:]:
             prompt = inside if index in self.noisy else outside
             output = self.acting.output(latents, prompt, step.timestep)
@@ -130,6 +132,17 @@ class PolicyGradientTask(SampledTask):
             actions.append(Action(index, latents, mean, noise))
             latents = mean + self.noisy[index].deviation * noise
         return actions, latents
+
+    def _each(self, prompt: Prompt) -> Prompt:
+        """Each prompt as often as it is sampled."""
+        again = torch.arange(len(prompt.condition)).repeat(self.policy.samples_per_prompt)
+        return Prompt(prompt.condition[again], prompt.null)
+
+    def _normal(self, rows: Rows, purpose: str) -> Tensor:
+        """Noise that each sample of each prompt has for itself."""
+        many, shape = self.policy.samples_per_prompt, self.diffuser.latent_shape
+        parts = [seeds.normal(self.seed, rows.position, f"{purpose} of sample {k}", shape) for k in range(many)]
+        return torch.cat(parts).to(self.diffuser.device)
 
     @torch.no_grad()
     def _base_means(self, actions: list[Action], original: Prompt) -> list[Tensor | None]:
@@ -171,12 +184,6 @@ class PolicyGradientTask(SampledTask):
             figures["clipped"] += ((ratio.detach() - 1).abs() > self.policy.clip_range) / len(actions)
         return figures
 
-    def _normal(self, rows: Rows, purpose: str) -> Tensor:
-        """Noise that each sample of each prompt has for itself."""
-        shape = self.diffuser.latent_shape
-        parts = [seeds.normal(self.seed, rows.position, f"{purpose} of sample {k}", shape) for k in range(self.many)]
-        return torch.cat(parts).to(self.diffuser.device)
-
     def _by_prompt(self, values: Tensor) -> Tensor:
         """One row a prompt, with its samples."""
-        return values.unflatten(0, (self.many, -1)).transpose(0, 1)
+        return values.unflatten(0, (self.policy.samples_per_prompt, -1)).transpose(0, 1)

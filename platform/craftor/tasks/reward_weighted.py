@@ -22,7 +22,7 @@ from craftor.rollout import draw
 from craftor.scoring import Elsewhere
 from craftor.stream import Rows
 from craftor.tasks.noising import at
-from craftor.tasks.sampled import SampledTask
+from craftor.tasks.reward_tuning import RewardTuningTask
 
 KEPT_BYTES = 1 << 30
 """Of latents that a worker keeps: prompts beyond that are drawn again whenever their turn comes."""
@@ -30,14 +30,13 @@ KEPT_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Drawn:
-    """What the untrained model makes of one prompt: its samples' latents, their totals, and what is logged of them."""
+    """What the untrained model makes of one prompt: its samples' latents, and their total, scores and looks."""
 
     latents: Tensor
-    total: Tensor
     figures: dict[str, Tensor]
 
 
-class RewardWeightedTask(SampledTask):
+class RewardWeightedTask(RewardTuningTask):
     """What a prompt's images are follows from the prompt alone: they are made once, and again after a restart."""
 
     def __init__(
@@ -45,7 +44,7 @@ class RewardWeightedTask(SampledTask):
     ) -> None:
         assert isinstance(recipe.task, RewardWeighted)
         super().__init__(recipe, device, elsewhere)
-        self.weighted = recipe.task
+        self.weighted, self.many = recipe.task, recipe.task.samples_per_prompt
         steps = draw(self.weighted.window, self.guided.num_steps, 0.0, 0.0).steps
         self.timesteps = torch.tensor([self.guided.schedule[index].timestep for index in steps])
         drawn_in = self.weighted.drawn_in or self.guided.num_steps
@@ -54,11 +53,15 @@ class RewardWeightedTask(SampledTask):
         self.made: dict[int, Drawn] = {}
         self.room = KEPT_BYTES
 
+    def observe(self, metrics: Mapping[str, Tensor]) -> dict[str, float]:
+        return super().observe({name: values.flatten(0, 1) for name, values in metrics.items()})
+
     def step(self, rows: Rows, share: float = 1.0) -> dict[str, Tensor]:
-        drawn = [self._drawn(row) for row in rows.split(1)]
+        drawn = self._drawn(rows)
         original, tuned = self._embed(rows)
         anchor = self.settings.anchor * (tuned.condition.embeds - original.condition.embeds).square().mean()
-        total = torch.stack([of.total for of in drawn])
+        figures = {name: torch.stack([of.figures[name] for of in drawn]) for name in drawn[0].figures}
+        total = figures["total"]
         chosen = self._choose(rows, total)
         latents = torch.stack([of.latents[k] for of, k in zip(drawn, chosen.tolist(), strict=True)])
         which = (seeds.uniform(self.seed, rows.position, "noise level") * len(self.timesteps)).long()
@@ -70,37 +73,55 @@ class RewardWeightedTask(SampledTask):
         error = (predicted - noised.target).square().mean(dim=(1, 2, 3))
         (share * error.mean()).backward()  # to the leaf and, where the UNet trains, its parameters
         self._into_encoders(tuned, Prompt(leaf, tuned.null.detach()), share * anchor)
-        figures = {name: torch.stack([of.figures[name] for of in drawn]) for name in drawn[0].figures}
         of_prompts = {
             "loss": error.detach(),
             "chosen": total.gather(1, chosen[:, None])[:, 0],
             "gap": total.amax(dim=1) - total.amin(dim=1),
         }
         # One row a prompt, with its samples.
-        return {**{name: v[:, None].expand(-1, self.many) for name, v in of_prompts.items()}, "total": total, **figures}
+        return {**{name: v[:, None].expand(-1, self.many) for name, v in of_prompts.items()}, **figures}
 
-    def _drawn(self, row: Rows) -> Drawn:
-        """A single prompt's images, by itself: so they do not depend, in any bit, on the prompts beside it."""
-        index = int(row.columns["index"][0])
-        if index not in self.made:
-            found = self._draw(index, row)
-            size = found.latents.nbytes
-            if self.room < size:
-                return found
-            self.made[index], self.room = found, self.room - size
-        return self.made[index]
+    def _drawn(self, rows: Rows) -> list[Drawn]:
+        """The rows' images, which are made where they are not at hand: always of so many prompts at once.
+
+        Calls of one size give a prompt the same bits whatever is beside it, so a run that goes on in the middle has
+        the images of one that never stopped.
+        """
+        numbers = [int(index) for index in rows.columns["index"]]
+        found = {index: self.made[index] for index in numbers if index in self.made}
+        missing = [row for row, index in zip(rows.split(1), numbers, strict=True) if index not in found]
+        size = self.weighted.prompts_at_once
+        for start in range(0, len(missing), size):
+            part = missing[start : start + size]
+            for row, drawn in zip(part, self._draw([*part, *part[-1:] * (size - len(part))]), strict=False):
+                index = int(row.columns["index"][0])
+                found[index] = drawn
+                if self.room >= drawn.latents.nbytes:
+                    self.made[index], self.room = drawn, self.room - drawn.latents.nbytes
+        return [found[index] for index in numbers]
 
     @torch.no_grad()
-    def _draw(self, index: int, row: Rows) -> Drawn:
-        prompts, shape = [str(row.columns["prompt"][0])] * self.many, self.diffuser.latent_shape
-        condition = embed(self.diffuser.encoders, row.ids(self.diffuser.device))
-        noise = [seeds.normal(self.seed, [index], f"noise of sample {k}", shape) for k in range(self.many)]
-        start = State(torch.cat(noise).to(self.diffuser.device))
-        prompt, steps = self.each(Prompt(condition, self.null)), range(self.base.num_steps)
-        final = sample(self.base, start, prompt, steps).latents
+    def _draw(self, rows: list[Rows]) -> list[Drawn]:
+        """The untrained model's images of some prompts, one row each."""
+        prompts = [str(row.columns["prompt"][0]) for row in rows for _ in range(self.many)]
+        ids = {name: torch.cat([row.ids(self.diffuser.device)[name] for row in rows]) for name in self.null_ids}
+        condition = embed(self.diffuser.encoders, ids)[torch.arange(len(rows)).repeat_interleave(self.many)]
+        noise = [
+            seeds.normal(self.seed, [int(row.columns["index"][0])], f"noise of sample {k}", self.diffuser.latent_shape)
+            for row in rows
+            for k in range(self.many)
+        ]
+        start, steps = State(torch.cat(noise).to(self.diffuser.device)), range(self.base.num_steps)
+        final = sample(self.base, start, Prompt(condition, self.null), steps).latents
         self.images = decode(self.diffuser.vae, final, self.diffuser.decoder_precision)
         scores = self.scoring.begin(self.images, prompts)()
-        return Drawn(final, self.scoring.total(scores), {**scores, **measure(self.images, prompts)})
+        figures = {"total": self.scoring.total(scores), **scores, **measure(self.images, prompts)}
+        each = {name: values.unflatten(0, (len(rows), self.many)) for name, values in figures.items()}
+        # Copies, lest what is kept be a view of all that was made with it.
+        return [
+            Drawn(latents.clone(), {name: values[i] for name, values in each.items()})
+            for i, latents in enumerate(final.unflatten(0, (len(rows), self.many)))
+        ]
 
     def _choose(self, rows: Rows, total: Tensor) -> Tensor:
         """Each prompt's sample k with probability softmax(total / temperature)[k]."""
