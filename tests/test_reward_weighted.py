@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from safetensors.torch import load_file
 
-from craftor import seeds
+from craftor import job, seeds
 from craftor.embed import embed
 from craftor.recipe import Recipe, RecipeError, load
 from craftor.stream import Rows
@@ -119,6 +120,23 @@ def test_images_are_made_once_and_are_the_same_bits_again(tiny_recipe: Path, mon
     for positions in ([0, 1], [3, 4]):
         cramped.step(rows(cramped, positions))
     assert calls == {0: 1, 1: 2}
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("cluster")
+def test_a_run_that_was_stopped_ends_with_the_same_bits(tiny_recipe: Path, tmp_path: Path) -> None:
+    """In the middle of its second pass, over prompts that are no whole number of batches."""
+    changes = {"task.kind": "reward_weighted", "task.window": {"first": 2}, "task.temperature": 1.0, "register": None}
+    changes |= {"data.max_rows": 6, "run.checkpoint_every": 2, "optimizer.cosine_from": 1.0}
+    whole, stopped = tmp_path / "runs" / "whole", tmp_path / "runs" / "stopped"
+    job.train(load(tiny_recipe, {**changes, "run.num_steps": 4}), tiny_recipe, whole)
+    job.train(load(tiny_recipe, {**changes, "run.num_steps": 2}), tiny_recipe, stopped)
+    job.resume(stopped, load(tiny_recipe, {**changes, "run.num_steps": 4}), accept=True)
+    found, expected = (
+        load_file(run / "checkpoints" / "step-000004" / "text_encoder" / "model.safetensors")
+        for run in (stopped, whole)
+    )
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_micro_batches_and_workers_change_nothing(tiny_recipe: Path) -> None:
