@@ -24,7 +24,7 @@ from craftor.recipe import Recipe, RecipeError, load
 from craftor.solver import schedule
 from craftor.stochastic import divergence, log_prob, log_ratio, noisy
 from craftor.stream import Rows
-from craftor.tasks import build
+from craftor.tasks import Task, build
 from craftor.tasks.policy_gradient import PolicyGradientTask
 from craftor_micro.captions import Description, read_claims
 from craftor_micro.oracle import RefereeAccuracy
@@ -60,13 +60,14 @@ def recipe(file: Path, **overrides: object) -> Recipe:
     return Recipe.model_validate(data)
 
 
-def rows(task: PolicyGradientTask, positions: list[int]) -> Rows:
+def rows(task: Task, positions: list[int]) -> Rows:
     prompts = [PROMPTS[position % 3] for position in positions]
     ids = task.diffuser.tokenize(prompts)["text_encoder"].numpy()
-    return Rows(positions, {"input_ids": ids, "prompt": np.array(prompts, dtype=object)})
+    index = np.array([position % 3 for position in positions])
+    return Rows(positions, {"input_ids": ids, "index": index, "prompt": np.array(prompts, dtype=object)})
 
 
-def gradients(task: PolicyGradientTask) -> dict[str, torch.Tensor]:
+def gradients(task: Task) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in task.module.named_parameters() if p.grad is not None}
 
 
@@ -207,8 +208,8 @@ def test_gradient_is_the_score_functions(tiny_recipe: Path, overrides: dict) -> 
         torch.testing.assert_close(found[name], gradient, rtol=2e-3, atol=1e-5 * largest(expected), msg=name)
 
 
-def test_micro_batches_and_workers_change_nothing(tiny_recipe: Path) -> None:
-    task = build(recipe(tiny_recipe, kl_weight=0.1))
+def the_same_in_parts(task: Task) -> dict[str, torch.Tensor]:
+    """A batch's metrics, once it has been seen that its parts have the same, and the same gradient."""
     whole = task.step(rows(task, [3, 4, 5]))
     expected = gradients(task)
     task.module.zero_grad()
@@ -217,6 +218,12 @@ def test_micro_batches_and_workers_change_nothing(tiny_recipe: Path) -> None:
         torch.testing.assert_close(torch.cat([part[name] for part in parts]), values, rtol=1e-3, atol=1e-4, msg=name)
     for name, gradient in gradients(task).items():
         torch.testing.assert_close(gradient, expected[name], rtol=2e-3, atol=1e-5 * largest(expected), msg=name)
+    return whole
+
+
+def test_micro_batches_and_workers_change_nothing(tiny_recipe: Path) -> None:
+    task = build(recipe(tiny_recipe, kl_weight=0.1))
+    whole = the_same_in_parts(task)
     figures = task.observe(whole)
     assert {"red", "total", "kl", "clipped", "prompt_diversity"} <= figures.keys() and figures["prompt_diversity"] > 0
     assert figures["red"] == pytest.approx(whole["red"].mean().item())

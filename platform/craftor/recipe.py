@@ -13,12 +13,11 @@ from craftor.explain import RecipeError, explain
 from craftor.guards import Guards
 from craftor.object_settings import ObjectEncoder
 from craftor.overrides import override
-from craftor.rollout import Rollout, Section, Window
+from craftor.rollout import Rollout, Section
 from craftor.run_settings import Data, Evaluation, Model, Optimizer, Register, Run, Validation
 from craftor.sampled_settings import PolicyGradient, RewardWeighted, Sampled
 from craftor.searching.settings import MEASURED, Distribution, Search, Value, corners, expand, substitute
-from craftor.task_settings import Denoising, DirectTuning, Prefix, Reward, RewardTuning, Tuning
-from craftor.train_settings import Part, Train
+from craftor.task_settings import Denoising, DirectTuning, Reward, RewardTuning, Tuning
 from craftor.workers import Workers, check_parts_in_shards, check_task_in_shards
 
 __all__ = [
@@ -29,9 +28,7 @@ __all__ = [
     "Model",
     "ObjectEncoder",
     "Optimizer",
-    "Part",
     "PolicyGradient",
-    "Prefix",
     "RecipeError",
     "Register",
     "Reward",
@@ -41,10 +38,8 @@ __all__ = [
     "Run",
     "Sampled",
     "Search",
-    "Train",
     "Tuning",
     "Validation",
-    "Window",
     "Workers",
 ]  # and the classes below
 

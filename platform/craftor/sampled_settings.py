@@ -87,14 +87,12 @@ class RewardWeighted(Sampled):
     """Learn to denoise a prompt's better images, without any gradient through the chain (reward-weighted regression).
 
     The untrained model makes the images, once. At every step one of a prompt's is chosen, with probability
-    softmax(total / temperature), and what trains learns to denoise it from the noise level of a step of the window.
-    Guidance's empty prompt does not train.
+    softmax(total / temperature), and what trains learns to denoise it from the noise level of a step of the window, in
+    whose steps it is to be used. Guidance's empty prompt does not train.
     """
 
     own_metrics: ClassVar[tuple[str, ...]] = ("chosen", "gap")
     kind: Literal["reward_weighted"]  # type: ignore[assignment]  # the tag of the union of tasks
-    window: Window = Window(first=1, of=1, outside="tuned")
-    """The steps whose noise levels are learnt, and in which what has trained is to be used; by default all."""
     samples_per_prompt: int = Field(4, ge=2)
     temperature: float = Field(gt=0)
     """In units of the weighted sum of the rewards: the lower, the more often it is the best; the higher, the more alike

@@ -1,7 +1,7 @@
 """Prompts -> images of the untrained model -> one of each prompt's, the likelier the better -> denoising loss.
 
-For what a reward's gradient does not reach: early steps decide what is drawn, and the gradient of a score through all
-later ones says little about it; that some of a prompt's images are right says it plainly. Reward-weighted regression
+For early steps: the gradient of a score through all later ones taught them nothing that we could measure, while some of
+a prompt's images fit it better than others and can be learnt from as they are. Reward-weighted regression
 (Peters & Schaal 2007; as Lee et al. 2023 and, as RWR, DDPO's authors use it for diffusion), by samples instead of
 weights, so that each costs one call of the network.
 """
@@ -89,12 +89,14 @@ class RewardWeightedTask(RewardTuningTask):
         """
         numbers = [int(index) for index in rows.columns["index"]]
         found = {index: self.made[index] for index in numbers if index in self.made}
-        missing = [row for row, index in zip(rows.split(1), numbers, strict=True) if index not in found]
+        # Of prompts that are fewer than a batch, some are in it twice.
+        missing = {index: row for index, row in zip(numbers, rows.split(1), strict=True) if index not in found}
         size = self.weighted.prompts_at_once
         for start in range(0, len(missing), size):
-            part = missing[start : start + size]
-            for row, drawn in zip(part, self._draw([*part, *part[-1:] * (size - len(part))]), strict=False):
-                index = int(row.columns["index"][0])
+            part = dict(list(missing.items())[start : start + size])
+            wanted = [*part.values()]
+            padding = wanted[-1:] * (size - len(wanted))
+            for index, drawn in zip(part, self._draw(wanted + padding), strict=False):
                 found[index] = drawn
                 if self.room >= drawn.latents.nbytes:
                     self.made[index], self.room = drawn, self.room - drawn.latents.nbytes
@@ -117,7 +119,7 @@ class RewardWeightedTask(RewardTuningTask):
         scores = self.scoring.begin(self.images, prompts)()
         figures = {"total": self.scoring.total(scores), **scores, **measure(self.images, prompts)}
         each = {name: values.unflatten(0, (len(rows), self.many)) for name, values in figures.items()}
-        # Copies, lest what is kept be a view of all that was made with it.
+        # Copies of latents: what is kept would be a view of the padding's, too.
         return [
             Drawn(latents.clone(), {name: values[i] for name, values in each.items()})
             for i, latents in enumerate(final.unflatten(0, (len(rows), self.many)))
