@@ -8,8 +8,10 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from craftor import precision
 from craftor.decode import decode
 from craftor.diffuser import Diffuser, _is_faster_channels_last, load
+from craftor.precision import PRECISIONS, PrecisionsDiffer, check_same
 from craftor.recipe import Model
 
 
@@ -43,8 +45,28 @@ def test_attention_in_bfloat16_takes_its_softmax_in_float32(tiny: Path) -> None:
     ],
 )
 def test_channels_last_where_no_group_norm_suffers(family: type, precision: str, device: str, faster: bool) -> None:
-    model = Model(path="anywhere", precision=precision)
-    assert _is_faster_channels_last(family(), model, torch.device(device)) == faster
+    assert _is_faster_channels_last(family(), PRECISIONS[precision], torch.device(device)) == faster
+
+
+@pytest.mark.parametrize(("has_kernels", "chosen"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_is_bf16_where_the_device_multiplies_it(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, has_kernels: bool, chosen: torch.dtype
+) -> None:
+    monkeypatch.setattr(precision, "multiplies_bf16", lambda device: has_kernels)
+    ours = load(Model(path=str(tiny / "pipeline"), precision="auto"))
+    assert ours.precision == chosen
+    # What else is chosen by the precision follows the one that is computed in, not the recipe's word.
+    attentions = [module for module in ours.unet.modules() if isinstance(module, Attention)]
+    assert {attention.upcast_softmax for attention in attentions} == {has_kernels}
+    assert load(Model(path=str(tiny / "pipeline"), precision="bf16")).precision == torch.bfloat16, "taken at its word"
+
+
+def test_workers_compute_alike() -> None:
+    check_same(torch.float32, torch.float32)
+    with pytest.raises(
+        PrecisionsDiffer, match=r'"auto": a worker.s device computes in torch.float32, that of worker 0'
+    ):
+        check_same(torch.float32, torch.bfloat16)
 
 
 def test_the_layout_changes_pictures_by_rounding_alone() -> None:

@@ -52,7 +52,7 @@ def test_shipped_recipe_loads_and_is_short(path: Path) -> None:
         ("task.window", {"last": 2, "copies": 2}, "copies = 2 goes with last = 1"),
         ("task.window", {"last": 2, "recompute": "auto"}, 'recompute = "auto" and memory_limit_gib go together'),
         ("task.train", {}, "nothing trains; name at least one of text_encoder, text_encoder_2, unet"),
-        ("model.precision", "fp64", "Input should be 'fp32', 'bf16' or 'fp16'"),
+        ("model.precision", "fp64", "Input should be 'auto', 'fp32', 'bf16' or 'fp16'"),
         ("task.prefix", {"mode": "cache"}, 'mode = "cache" and cache go together'),
         ("task.rollout.solver", "heun", "Input should be 'ddim', 'euler' or 'dpm_solver_2m'"),
         ("task.window", {"start": 3, "stop": 2}, "start = 3 is not before stop = 2"),

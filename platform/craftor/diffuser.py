@@ -23,12 +23,12 @@ from craftor.denoise import Guided
 from craftor.embed import Condition, embed
 from craftor.locate import locate
 from craftor.onednn import use_onednn
+from craftor.precision import PRECISIONS, dtype_of
 from craftor.quiet import hush
 from craftor.recipe import Model
 from craftor.rollout import Rollout
 from craftor.solver import schedule
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ENCODERS = ("text_encoder", "text_encoder_2")
 PARTS = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
 
@@ -133,11 +133,12 @@ def load(model: Model, device: torch.device | str = "cpu") -> Diffuser:
     tokenizers = {name: getattr(pipeline, name.replace("text_encoder", "tokenizer")) for name in encoders}
     for part in (*encoders.values(), pipeline.unet, pipeline.vae):
         freeze(part).to(device)
-    set_attention(pipeline.unet, model.attention, device, reduced=model.precision != "fp32")
+    precision = dtype_of(model.precision, device)
+    set_attention(pipeline.unet, model.attention, device, reduced=precision != torch.float32)
     if device.type == "cpu":
         use_onednn(pipeline.unet)
     for part in (pipeline.unet, pipeline.vae):
-        if _is_faster_channels_last(part, model, device) if model.channels_last is None else model.channels_last:
+        if _is_faster_channels_last(part, precision, device) if model.channels_last is None else model.channels_last:
             part.to(memory_format=torch.channels_last)
     if model.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
@@ -151,16 +152,16 @@ def load(model: Model, device: torch.device | str = "cpu") -> Diffuser:
         scheduler,
         pipeline.vae_scale_factor,
         zero_null,
-        PRECISIONS[model.precision],
+        precision,
         model.compile,
         PRECISIONS[model.decoder_precision],
     )
 
 
-def _is_faster_channels_last(part: nn.Module, model: Model, device: torch.device) -> bool:
+def _is_faster_channels_last(part: nn.Module, precision: torch.dtype, device: torch.device) -> bool:
     """On CPUs, but for group norms in bfloat16, which take twenty times as long there."""
     normed = any(isinstance(module, nn.GroupNorm) for module in part.modules())
-    return device.type == "cpu" and (model.precision == "fp32" or not normed)
+    return device.type == "cpu" and (precision == torch.float32 or not normed)
 
 
 FAMILIES: dict[str, type[DiffusionPipeline]] = {

@@ -48,7 +48,7 @@ def key(recipe: Recipe, diffuser: Diffuser, digest: str) -> dict[str, Any]:
         "noise": {name: diffuser.scheduler.config[name] for name in NOISE},
         "prompts_sha256": digest,
         "seed": recipe.seed,
-        "precision": recipe.model.precision,
+        "precision": str(diffuser.precision).removeprefix("torch."),
         "rollout": recipe.task.rollout.model_dump(),
     }
 

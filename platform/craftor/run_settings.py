@@ -8,11 +8,14 @@ from pydantic import Field, field_validator
 from craftor.baselines.settings import MethodSettings
 from craftor.rollout import Section
 
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+"""`auto` is bf16 where the device multiplies it, else fp32: most laptops have no AVX-512, and emulate it."""
+
 
 class Model(Section):
     path: str
     """A `StableDiffusionPipeline` folder or hub id; `micro:NAME` is a folder shipped with `craftor_micro`."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
     """Arithmetic of the UNet; what trains keeps fp32 master weights. Evaluation is always fp32."""
     decoder_precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the decoder while training; fp16 is too narrow for many a decoder."""
@@ -80,7 +83,7 @@ class Evaluation(Section):
     """First denoising step that sees the tuned encoder; by default the window's first."""
     weight: float = Field(1.0, ge=0, le=1)
     """Weight of the tuned embedding; the base has the rest."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
     """What the UNet computes in: images, and so scores, differ a little with it, and bf16 takes less time."""
     methods: dict[str, MethodSettings] = {}
     """What else is compared with the base, by names of your own: longer prompts, the best of several images."""

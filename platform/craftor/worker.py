@@ -36,6 +36,7 @@ from craftor import (
 from craftor.allocation import keep_freed_memory
 from craftor.collective import agreed, average_gradients, first_says, gather
 from craftor.interruption import Next
+from craftor.precision import PRECISIONS, PrecisionsDiffer, check_same, multiplies_bf16
 from craftor.recipe import Recipe, Reward, RewardTuning, Tuning
 from craftor.reward_actors import RewardFailed
 from craftor.run_files import FAILURE, note, report_failure, report_gradient, write_json
@@ -56,7 +57,7 @@ def train_worker(config: dict[str, Any]) -> None:
             return  # Ray Train has started all workers again
         try:
             _steps(config, run_dir)
-        except (RewardFailed, CheckpointMissed) as error:
+        except (RewardFailed, CheckpointMissed, PrecisionsDiffer) as error:
             write_json(run_dir / FAILURE, {"message": f"{error}\nThe last checkpoint stands"})
             if ray.train.get_context().get_world_size() > 1:
                 raise  # the others wait for this worker's gradient: Ray Train ends them all
@@ -99,6 +100,10 @@ def _steps(config: dict[str, Any], run_dir: Path) -> None:
     device = get_device() if recipe.workers.gpu else torch.device("cpu")
     task = build(recipe, device, elsewhere)
     task.assert_frozen()
+    dtypes = list(PRECISIONS.values())
+    check_same(task.diffuser.precision, dtypes[first_says(dtypes.index(task.diffuser.precision), world_size)])
+    if rank == 0 and task.diffuser.precision == torch.bfloat16 and not multiplies_bf16(device):
+        note(run_dir, 'model.precision = "bf16" is emulated by this processor; "auto" or "fp32" is many times faster')
     keep_freed_memory()
     blank = sharding.shard(task, device) if recipe.workers.strategy == "fsdp" else None
     trained = checkpoint.trained(task.module)

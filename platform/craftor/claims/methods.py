@@ -153,7 +153,7 @@ def recipe_of(name: str, seed: int, budget: Budget, pairs: Path) -> Recipe:
         "register": None,
         "evaluation.num_prompts": budget.num_prompts,
         "evaluation.num_seeds": budget.num_images,
-        "evaluation.precision": "bf16",
+        "evaluation.precision": "auto",
     }
     if budget.model is not None:
         changes["model.path"] = budget.model

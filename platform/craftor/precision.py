@@ -1,0 +1,32 @@
+"""The arithmetic that a UNet computes in: what a recipe names, or the fastest that the device has."""
+
+import torch
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class PrecisionsDiffer(RuntimeError):
+    """Workers whose devices have chosen differently: their gradients would be those of different functions."""
+
+
+def dtype_of(precision: str, device: torch.device) -> torch.dtype:
+    """`auto` is bf16 where the device multiplies it, else fp32; any other name is taken at its word."""
+    if precision == "auto":
+        precision = "bf16" if multiplies_bf16(device) else "fp32"
+    return PRECISIONS[precision]
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether there are kernels for it: an x86 CPU without AVX-512 emulates it, and is faster in float32 by far."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def check_same(own: torch.dtype, first: torch.dtype) -> None:
+    """Raises PrecisionsDiffer where a worker computes in another precision than worker 0."""
+    if own != first:
+        raise PrecisionsDiffer(
+            f'model.precision = "auto": a worker\'s device computes in {own}, that of worker 0 in {first}; allowed: '
+            '"fp32" or "bf16" for both, or workers on devices of one kind'
+        )
