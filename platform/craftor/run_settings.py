@@ -9,14 +9,14 @@ from craftor.baselines.settings import MethodSettings
 from craftor.rollout import Section
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-"""`auto` is bf16 where the device multiplies it, else fp32: most laptops have no AVX-512, and emulate it."""
+"""`auto` is bf16 where the device multiplies it, else fp32: a CPU without AVX-512 is many times slower in bf16."""
 
 
 class Model(Section):
     path: str
     """A `StableDiffusionPipeline` folder or hub id; `micro:NAME` is a folder shipped with `craftor_micro`."""
     precision: Precision = "fp32"
-    """Arithmetic of the UNet; what trains keeps fp32 master weights. Evaluation is always fp32."""
+    """Arithmetic of the UNet; what trains keeps fp32 master weights. Evaluation has its own."""
     decoder_precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the decoder while training; fp16 is too narrow for many a decoder."""
     attention: Literal["auto", "xformers", "sdpa", "eager"] = "auto"

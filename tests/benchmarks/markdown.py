@@ -129,7 +129,8 @@ TITLES = {
     "search": "`recipes/micro_search.toml`; gains in the true quality, on held-out prompts and fresh noise.",
     "scale": "The micro recipe, one thread a worker; prompts made by resampling the public sets.",
     "object": "Held-out objects, one reference each; judged by the identity scorer and the referee.",
-    "serve": "The micro model in bf16 and strict mode, client and server on this machine; medians over 3 seeds.",
+    "serve": "The micro model in strict mode, in bf16 where the CPU multiplies it; client and server on this machine; "
+    "medians over 3 seeds.",
 }
 FIGURES: dict[str, dict[str, tuple[str, str, str]]] = {
     "train": {

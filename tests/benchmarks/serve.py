@@ -2,7 +2,8 @@
 
 Throughput and latency of the engine and its baselines are taken in this process, on one core, without HTTP, seed by
 seed in turn (`serving_load`); overload, soak, promotion and fuzzing against the endpoint in a process of its own
-(`serving_endpoint`); recovery on Ray Serve. The micro model, bf16, one thread. Strict mode throughout.
+(`serving_endpoint`); recovery on Ray Serve. The micro model, in bf16 where the CPU multiplies it, one thread. Strict
+mode throughout.
 
 `grouped` takes as many requests as fill the engine's UNet call when they have equal parameters. `wide` takes four times
 as many, to find more equals among them: with few combinations of parameters that is a better batch, if the device holds
