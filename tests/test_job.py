@@ -19,8 +19,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from craftor import checkpoint, job, ledger, registry, tracking
 from craftor.fit import TrainingStopped
+from craftor.precision import PRECISIONS
 from craftor.recipe import RecipeError, load
-from craftor.run_files import METRICS
+from craftor.run_files import METRICS, notes
 from waiting import wait_for
 from watched_runs import processes
 
@@ -158,6 +159,27 @@ def test_a_reward_that_is_not_finite_stops_the_run(runs: Path, tiny: Path, tiny_
     with pytest.raises(TrainingStopped, match=r"clip is nan for sample \d+ \(seed 7\), prompt 'a .* ring'"):
         run(tiny_recipe, out, task__rewards__clip__weights=str(broken))
     assert not (out / "checkpoints").exists() or checkpoint.latest(out) is None
+
+
+@pytest.mark.parametrize(("precision", "told"), [("bf16", ['model.precision = "bf16" is emulated']), ("auto", [])])
+def test_a_run_says_that_its_precision_is_emulated(
+    runs: Path, tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, precision: str, told: list[str]
+) -> None:
+    """On a processor that has no kernels for bf16: asked for, it is used; left to us, it is not."""
+    for module in ("craftor.worker", "craftor.precision"):
+        monkeypatch.setattr(f"{module}.multiplies_bf16", lambda device: False)
+    out = runs / f"in-{precision}"
+    run(tiny_recipe, out, run__num_steps=1, model__precision=precision, register=None)
+    assert [said[: len(told[0])] for said in notes(out)] == told
+
+
+def test_workers_that_compute_differently_are_refused(
+    runs: Path, tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if worker 0, whose choice each compares with its own, had bf16 and this one had not."""
+    monkeypatch.setattr("craftor.worker.first_says", lambda number, world_size: list(PRECISIONS).index("bf16"))
+    with pytest.raises(TrainingStopped, match=r"computes in fp32, worker 0's in bf16.*\nThe last checkpoint stands"):
+        run(tiny_recipe, runs / "differing", run__num_steps=1, register=None)
 
 
 def test_the_folder_of_another_run_is_refused(uninterrupted: Path, tiny_recipe: Path) -> None:

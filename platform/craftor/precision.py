@@ -3,6 +3,7 @@
 import torch
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NAMES = {dtype: name for name, dtype in PRECISIONS.items()}
 
 
 class PrecisionsDiffer(RuntimeError):
@@ -27,6 +28,6 @@ def check_same(own: torch.dtype, first: torch.dtype) -> None:
     """Raises PrecisionsDiffer where a worker computes in another precision than worker 0."""
     if own != first:
         raise PrecisionsDiffer(
-            f'model.precision = "auto": a worker\'s device computes in {own}, that of worker 0 in {first}; allowed: '
-            '"fp32" or "bf16" for both, or workers on devices of one kind'
+            f"model.precision = \"auto\": a worker's device computes in {NAMES[own]}, worker 0's in {NAMES[first]}; "
+            'allowed: "fp32" or "bf16" for both, or workers on devices of one kind'
         )

@@ -19,6 +19,7 @@ import torch
 from rich.progress import track
 
 from craftor.diffuser import Diffuser
+from craftor.precision import NAMES
 from craftor.prefix import PrefixActor
 from craftor.prompts import Prepared
 from craftor.recipe import Recipe, RewardTuning
@@ -48,7 +49,7 @@ def key(recipe: Recipe, diffuser: Diffuser, digest: str) -> dict[str, Any]:
         "noise": {name: diffuser.scheduler.config[name] for name in NOISE},
         "prompts_sha256": digest,
         "seed": recipe.seed,
-        "precision": str(diffuser.precision).removeprefix("torch."),
+        "precision": NAMES[diffuser.precision],
         "rollout": recipe.task.rollout.model_dump(),
     }
 
