@@ -11,7 +11,7 @@ from torch import nn
 from craftor import precision
 from craftor.decode import decode
 from craftor.diffuser import Diffuser, _is_faster_channels_last, load
-from craftor.precision import PRECISIONS, PrecisionsDiffer, check_same
+from craftor.precision import PRECISIONS
 from craftor.recipe import Model
 
 
@@ -61,10 +61,13 @@ def test_auto_is_bf16_where_the_device_multiplies_it(
     assert load(Model(path=str(tiny / "pipeline"), precision="bf16")).precision == torch.bfloat16, "taken at its word"
 
 
-def test_workers_compute_alike() -> None:
-    check_same(torch.float32, torch.float32)
-    with pytest.raises(PrecisionsDiffer, match=r'"auto": a worker.s device computes in fp32, worker 0.s in bf16'):
-        check_same(torch.float32, torch.bfloat16)
+def test_a_cpu_multiplies_bf16_where_it_has_avx_512() -> None:
+    about = Path("/proc/cpuinfo")
+    flags = set(about.read_text().split()) if about.exists() else set()
+    if "avx2" not in flags or "avx_ne_convert" in flags:
+        pytest.skip("not an x86 processor that says what it has, or one with other instructions for it")
+    wide = {"avx512vl", "avx512bw", "avx512dq"} <= flags
+    assert precision.multiplies_bf16(torch.device("cpu")) == wide
 
 
 def test_the_layout_changes_pictures_by_rounding_alone() -> None:

@@ -1,13 +1,9 @@
-"""The arithmetic that a UNet computes in: what a recipe names, or the fastest that the device has."""
+"""The arithmetic that a network computes in: what a recipe names, or the fastest that the device has."""
 
 import torch
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = {dtype: name for name, dtype in PRECISIONS.items()}
-
-
-class PrecisionsDiffer(RuntimeError):
-    """Workers whose devices have chosen differently: their gradients would be those of different functions."""
 
 
 def dtype_of(precision: str, device: torch.device) -> torch.dtype:
@@ -24,10 +20,6 @@ def multiplies_bf16(device: torch.device) -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def check_same(own: torch.dtype, first: torch.dtype) -> None:
-    """Raises PrecisionsDiffer where a worker computes in another precision than worker 0."""
-    if own != first:
-        raise PrecisionsDiffer(
-            f"model.precision = \"auto\": a worker's device computes in {NAMES[own]}, worker 0's in {NAMES[first]}; "
-            'allowed: "fp32" or "bf16" for both, or workers on devices of one kind'
-        )
+def fast_on_cpu() -> torch.autocast:
+    """bf16 in the block, where this CPU multiplies it."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bf16(torch.device("cpu")))

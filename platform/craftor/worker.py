@@ -36,7 +36,7 @@ from craftor import (
 from craftor.allocation import keep_freed_memory
 from craftor.collective import agreed, average_gradients, first_says, gather
 from craftor.interruption import Next
-from craftor.precision import PRECISIONS, PrecisionsDiffer, check_same, multiplies_bf16
+from craftor.precision import NAMES, multiplies_bf16
 from craftor.recipe import Recipe, Reward, RewardTuning, Tuning
 from craftor.reward_actors import RewardFailed
 from craftor.run_files import FAILURE, note, report_failure, report_gradient, write_json
@@ -48,6 +48,10 @@ from craftor.updates import averaged, drift, lr_factor, update_average
 
 class TrainingStopped(RuntimeError):
     """A number that is not finite, a reward that failed, or a guard; the message says which, checkpoints stand."""
+
+
+class PrecisionsDiffer(RuntimeError):
+    """Workers whose devices have chosen differently: their gradients would be those of different functions."""
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -100,10 +104,7 @@ def _steps(config: dict[str, Any], run_dir: Path) -> None:
     device = get_device() if recipe.workers.gpu else torch.device("cpu")
     task = build(recipe, device, elsewhere)
     task.assert_frozen()
-    dtypes = list(PRECISIONS.values())
-    check_same(task.diffuser.precision, dtypes[first_says(dtypes.index(task.diffuser.precision), world_size)])
-    if rank == 0 and task.diffuser.precision == torch.bfloat16 and not multiplies_bf16(device):
-        note(run_dir, 'model.precision = "bf16" is emulated by this processor; "auto" or "fp32" is many times faster')
+    check_precision(task.diffuser.precision, device, run_dir, rank, world_size)
     keep_freed_memory()
     blank = sharding.shard(task, device) if recipe.workers.strategy == "fsdp" else None
     trained = checkpoint.trained(task.module)
@@ -188,6 +189,18 @@ def _steps(config: dict[str, Any], run_dir: Path) -> None:
                 lead.saver.wait()
             while first_says(lead is not None and lead.to_validate, world_size):
                 report_checkpoint(lead)
+
+
+def check_precision(own: torch.dtype, device: torch.device, run_dir: Path, rank: int, world_size: int) -> None:
+    """Note where the device emulates it. Raises PrecisionsDiffer where it is not worker 0's."""
+    first = list(NAMES)[first_says(list(NAMES).index(own), world_size)]
+    if own != first:
+        raise PrecisionsDiffer(
+            f"model.precision = \"auto\": a worker's device computes in {NAMES[own]}, worker 0's in {NAMES[first]}; "
+            'allowed: "fp32" or "bf16" for both, or workers on devices of one kind'
+        )
+    if rank == 0 and own == torch.bfloat16 and not multiplies_bf16(device):
+        note(run_dir, 'model.precision = "bf16" is emulated by this device; "auto" or "fp32" is many times faster')
 
 
 def report_checkpoint(lead: chief.Chief | None) -> None:

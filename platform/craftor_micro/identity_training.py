@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from craftor.precision import fast_on_cpu
 from craftor_micro.augment import augment
 from craftor_micro.identity import IdentityScorer
 from craftor_micro.object_render import cut_out, render_views
@@ -65,7 +66,7 @@ def train_identity_scorer(
     for step in range(num_steps):
         rows = torch.randint(len(pool), (batch_size,), generator=generator)
         images = augment(pool.batch(rows), generator).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_on_cpu():
             outputs = scorer(images)
         loss = torch.stack([F.cross_entropy(outputs[name].float(), labels[name][rows]) for name in IDENTITY]).sum()
         optimizer.zero_grad()

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
+from craftor.precision import fast_on_cpu
 from craftor_micro.augment import augment
 from craftor_micro.captions import describe
 from craftor_micro.hard_negatives import REPLACED
@@ -120,7 +121,7 @@ def train_on_choices(
     for step in range(num_steps):
         rows = torch.randint(len(choices.prompts), (batch_size,), generator=generator)
         images = torch.cat([choices.first.batch(rows), choices.second.batch(rows)])
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_on_cpu():
             _, image = embed_images(clip, augment(images, generator))
             text = embed_captions(clip, tokenizer, [choices.prompts[i] for i in rows.tolist()])
         scores = clip.logit_scale.exp() * (image.view(2, batch_size, -1) * text).sum(-1)

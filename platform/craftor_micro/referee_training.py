@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from craftor.precision import fast_on_cpu
 from craftor_micro.augment import augment
 from craftor_micro.captions import describe
 from craftor_micro.pool import Pool
@@ -31,7 +32,7 @@ def train_referee(
     for step in range(num_steps):
         rows = torch.randint(len(pool), (batch_size,), generator=generator)
         images = augment(pool.batch(rows), generator).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_on_cpu():
             outputs = referee(images)
         loss = attribute_loss(outputs, {name: column[rows] for name, column in labels.items()})
         loss = loss + 10 * F.mse_loss(outputs["quality"].float(), pool.scenes.quality[rows])

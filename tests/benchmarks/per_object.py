@@ -23,6 +23,7 @@ from craftor.decode import decode, encode
 from craftor.denoise import Prompt, State, sample
 from craftor.diffuser import Diffuser
 from craftor.embed import Condition, embed
+from craftor.precision import fast_on_cpu
 from craftor.rollout import Rollout
 from craftor.tasks.noising import at
 from craftor_micro.world import SHAPES
@@ -168,6 +169,6 @@ def _error(
     diffuser: Diffuser, unet: nn.Module, latents: Tensor, noise: Tensor, timesteps: Tensor, text: Condition
 ) -> Float[Tensor, " b"]:
     noisy, target, _ = at(diffuser, latents, noise, timesteps)
-    with torch.autocast("cpu", torch.bfloat16):
+    with fast_on_cpu():
         predicted = unet(noisy, timesteps, text.embeds).sample
     return F.mse_loss(predicted.float(), target, reduction="none").mean(dim=(1, 2, 3))
