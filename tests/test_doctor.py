@@ -7,22 +7,25 @@ import pytest
 
 from craftor.cluster import alive_nodes
 from craftor.console import findings_table
-from craftor.doctor import attention, examine, gpus, home_finding, kernels, token, validation, versions, weights
+from craftor.doctor import attention, examine, gpus, home_finding, precision, token, validation, versions, weights
+from craftor.node_report import kernels
 from craftor.recipe import Validation, load
 
 REPORT = {
     "versions": {"craftor": "0.1", "python": "3.11", "ray": "2.60", "torch": "2.13"},
     "devices": [],
     "kernels": {},
+    "bf16": {"cpu": True},
 }
 
 
 @pytest.mark.ray
 def test_a_healthy_machine_passes(cluster: None, tiny_recipe: Path, tmp_path: Path) -> None:
     findings = examine(load(tiny_recipe), tiny_recipe, tmp_path / "runs" / "run", joined=False)
-    assert [f.check for f in findings] == ["token", "versions", "GPUs", "attention", "storage", "MLflow", "weights"]
+    checks = ["token", "versions", "GPUs", "attention", "precision", "storage", "MLflow", "weights"]
+    assert [f.check for f in findings] == checks
     assert all(f.verdict == "ok" for f in findings), findings
-    assert findings_table(findings).row_count == 7
+    assert findings_table(findings).row_count == len(checks)
 
 
 @pytest.mark.ray
@@ -106,3 +109,24 @@ def test_an_attention_kernel_that_computes_something_else_fails() -> None:
     assert kernels("cpu")["sdpa"] < 1e-5
     found = attention({"a": {**REPORT, "kernels": {"sdpa": 0.5}}})
     assert found.verdict == "failure" and "sdpa on a is off by 5.0e-01" in found.said
+
+
+@pytest.mark.parametrize(
+    ("bf16", "wanted", "gpu", "verdict", "said"),
+    [
+        ({"a": {"cpu": True}, "b": {"cpu": True}}, "auto", False, "ok", "multiplied on 2 node(s)"),
+        ({"a": {"cpu": False}, "b": {"cpu": False}}, "auto", False, "ok", 'emulated on a, b: "auto" is fp32'),
+        ({"a": {"cpu": True}, "b": {"cpu": False}}, "auto", False, "failure", '"auto" is not one precision'),
+        ({"a": {"cpu": True}, "b": {"cpu": False}}, "fp32", False, "ok", "emulated on b"),
+        ({"a": {"cpu": True}, "b": {"cpu": False}}, "bf16", False, "warning", "emulated on b"),
+        # Workers on GPUs: the nodes without one train nothing.
+        ({"a": {"cpu": False, "cuda": True}, "b": {"cpu": False}}, "auto", True, "ok", "multiplied on 1 node(s)"),
+        ({"a": {"cpu": True, "cuda": False}}, "bf16", True, "warning", "emulated on a"),
+    ],
+)
+def test_nodes_that_would_not_compute_alike_are_found(
+    tiny_recipe: Path, bf16: dict, wanted: str, gpu: bool, verdict: str, said: str
+) -> None:
+    changes = {"model.precision": wanted, "workers.gpu": gpu, "workers.num": 1}
+    found = precision({address: {**REPORT, "bf16": has} for address, has in bf16.items()}, load(tiny_recipe, changes))
+    assert found.verdict == verdict and said in found.said

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from craftor import checkpoint, job, ledger, registry, tracking
+from craftor.cluster import ray_session
 from craftor.fit import TrainingStopped
 from craftor.precision import NAMES
 from craftor.recipe import RecipeError, load
@@ -40,6 +41,17 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     last = checkpoint.latest(out)
     assert last is not None
     return load_file(last / "trainer" / "module.safetensors")
+
+
+def test_settings_for_a_cluster_end_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", raising=False)
+    monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "7")
+    before = dict(os.environ)
+    with pytest.raises(KeyError), ray_session(1):
+        assert os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] == "5"
+        assert os.environ["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] == "7", "whoever has set one keeps it"
+        raise KeyError
+    assert dict(os.environ) == before
 
 
 @pytest.fixture(scope="module")

@@ -87,6 +87,15 @@ def test_more_devices_are_faster_and_small_ones_do_not_fit(tiny_recipe: Path) ->
     assert "does NOT fit" in lines["memory"] and huge.bottleneck in lines["bottleneck"]
 
 
+def test_half_precision_counts_where_the_device_has_it(tiny_recipe: Path) -> None:
+    recipes = {name: load(tiny_recipe, {"model.precision": name}) for name in ("fp32", "fp16", "bf16", "auto")}
+    work = {name: count(recipe) for name, recipe in recipes.items()}
+    for device, fast in (("T4-16G", {"fp16"}), ("A100-80G", {"fp16", "bf16", "auto"})):
+        found = {name: predict(work[name], recipes[name], DEVICES[device], 1, 1, 1.0) for name in recipes}
+        seconds = {name: prediction.seconds["denoising with gradient"] for name, prediction in found.items()}
+        assert {name for name in seconds if seconds[name] < seconds["fp32"] / 2} == fast, device
+
+
 def test_shards_take_less_memory_and_more_messages(tiny_recipe: Path) -> None:
     changes = {"task.train": {"unet": {}}, "workers.num": 4}
     whole, sharded = (load(tiny_recipe, {**changes, "workers.strategy": name}) for name in ("ddp", "fsdp"))

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,53 +12,72 @@ if TYPE_CHECKING:
     from craftor.recipe import Workers
 
 
+SETTINGS = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_worker_niceness": "0",
+    # What Ray Train believes about nodes is up to 20 s old: a group sized for one that is gone asks again, and waits no
+    # minute for it. Where there is room, a group has its places in a tenth of a second.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",
+    # Notice of preemption may be as short as ten seconds.
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+    # In a submitted job ours add to its environment, instead of being refused where both name PYTHONPATH.
+    "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",
+}
+LOCAL_SETTINGS = {
+    # Ray Data's actors make the core worker print an error about restarts that has no effect here.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    # Three times as many processes as may start at a time, by default one a core, and the raylet warns at length.
+    "RAY_worker_maximum_startup_concurrency": str(max(16, os.cpu_count() or 1)),
+    # Processes that the raylet starts beforehand have not this job's environment: nothing ever runs in them.
+    "RAY_prestart_worker_first_driver": "0",
+    # Nobody preempts a node of one's own machine, and a watcher is one more process that imports all of Ray Train.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+"""Of a cluster that is started here, beside the others."""
+
+
 @contextmanager
 def ray_session(num_workers: int) -> Iterator[None]:
     """Join the cluster of `RAY_ADDRESS` (or of the submitted job), else start one here for the time of the block.
 
     A local cluster gets a few logical CPUs beyond the workers' for Ray Data's light stages.
     """
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    if "RAY_ADDRESS" not in os.environ:
-        # Ray Data's actors make the core worker print an error about restarts that has no effect here.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        # Three times as many processes as may start at a time, by default one a core, and the raylet warns at length.
-        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(16, os.cpu_count() or 1)))
-        # Processes that the raylet starts beforehand have not this job's environment: nothing ever runs in them.
-        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-        # Nobody preempts a node of one's own machine, and a watcher is one more process that imports all of Ray Train.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    # What Ray Train believes about nodes is up to 20 s old: a group sized for one that is gone asks again, and waits no
-    # minute for it. Where there is room, a group has its places in a tenth of a second.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
-    # Notice of preemption may be as short as ten seconds.
-    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
-    # In a submitted job ours add to its environment, instead of being refused where both name PYTHONPATH.
-    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
-    import ray
-    import ray.data
+    local = "RAY_ADDRESS" not in os.environ
+    with _environment(SETTINGS | (LOCAL_SETTINGS if local else {})):
+        import ray
+        import ray.data
 
-    from craftor.quiet import held_stderr, hush
+        from craftor.quiet import held_stderr, hush
 
-    hush()
-    started_here = not ray.is_initialized()
-    if started_here:
-        local = "RAY_ADDRESS" not in os.environ
-        with held_stderr():  # Ray reports the log level it was told
-            ray.init(
-                **({"address": "local", "num_cpus": num_workers + 2, "include_dashboard": False} if local else {}),
-                logging_level="ERROR",
-                log_to_driver=False,
-                runtime_env={"env_vars": _worker_environment()},
-            )
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    ray.data.DataContext.get_current().execution_options.preserve_order = True
+        hush()
+        started_here = not ray.is_initialized()
+        if started_here:
+            with held_stderr():  # Ray reports the log level it was told
+                ray.init(
+                    **({"address": "local", "num_cpus": num_workers + 2, "include_dashboard": False} if local else {}),
+                    logging_level="ERROR",
+                    log_to_driver=False,
+                    runtime_env={"env_vars": _worker_environment()},
+                )
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        ray.data.DataContext.get_current().execution_options.preserve_order = True
+        try:
+            yield
+        finally:
+            if started_here:
+                ray.shutdown()
+
+
+@contextmanager
+def _environment(settings: Mapping[str, str]) -> Iterator[None]:
+    """Variables for the time of the block, where nobody has set them: what is for one cluster is not for the next."""
+    added = {name: value for name, value in settings.items() if name not in os.environ}
+    os.environ.update(added)
     try:
         yield
     finally:
-        if started_here:
-            ray.shutdown()
+        for name in added:
+            os.environ.pop(name, None)
 
 
 class TooFewResources(ValueError):

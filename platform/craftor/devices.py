@@ -16,10 +16,12 @@ class Device:
     """Bytes."""
     dollars_per_hour: float
     """Of 2026, rounded; `--price` has yours."""
+    bfloat16: bool = True
+    """Whether it multiplies it."""
 
 
 DEVICES = {
-    "T4-16G": Device(15, 65e12, 8.1e12, 320e9, 0.5),
+    "T4-16G": Device(15, 65e12, 8.1e12, 320e9, 0.5, bfloat16=False),
     "L4-24G": Device(22, 121e12, 30.3e12, 300e9, 0.8),
     "A10G-24G": Device(22, 70e12, 31.2e12, 600e9, 1.0),
     "RTX4090-24G": Device(23, 165e12, 82.6e12, 1008e9, 0.6),

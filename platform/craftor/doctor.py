@@ -1,25 +1,20 @@
 """A cluster, and optionally a recipe -> findings: what would go wrong on some node, and the remedy."""
 
 import os
-import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import ray
-import torch
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from torch import Tensor
 
-from craftor import __version__, preflight, storage, storage_checks, tracking
+from craftor import preflight, storage, storage_checks, tracking
 from craftor.cluster import alive_nodes
+from craftor.node_report import report
 from craftor.recipe import Recipe, RecipeError, Validation
 
-PACKAGES = ("ray", "torch", "diffusers", "transformers", "mlflow", "numpy", "safetensors", "pyarrow")
 TIMEOUT_SECONDS = 60
 
 
@@ -46,6 +41,7 @@ def examine(recipe: Recipe | None, source: Path, out: Path, joined: bool) -> lis
         versions(reports),
         gpus(reports, {node["NodeManagerAddress"]: int(node["Resources"].get("GPU", 0)) for node in nodes}, recipe),
         attention(reports),
+        precision(reports, recipe),
         home_finding(home, nodes),
         mlflow(out.parent),
     ]
@@ -71,36 +67,6 @@ def on_every_node(nodes: list[dict[str, Any]], task: Callable[..., Any], *argume
         except RayError as error:
             answers[address] = error
     return answers
-
-
-def report() -> dict[str, Any]:
-    """What a node has: versions, devices, attention kernels with their error against plain attention."""
-    found = {"python": platform.python_version(), "craftor": __version__}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package).split("+")[0]
-        except PackageNotFoundError:
-            found[package] = "missing"
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"versions": found, "devices": devices, "kernels": kernels("cuda" if devices else "cpu")}
-
-
-def kernels(device: str) -> dict[str, float]:
-    """Largest error of each attention kernel that runs here, against softmax(q k / sqrt(d)) v in float32."""
-    query, key, value = torch.randn(3, 2, 4, 64, 40, device=device)
-    weights = torch.softmax(query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5, dim=-1)
-    expected = weights @ value
-    found = {"sdpa": _error(torch.nn.functional.scaled_dot_product_attention(query, key, value), expected)}
-    if device == "cuda" and find_spec("xformers"):
-        from xformers.ops import memory_efficient_attention  # type: ignore[import-not-found]  # of the gpu extra
-
-        swapped = [tensor.transpose(1, 2) for tensor in (query, key, value)]
-        found["xformers"] = _error(memory_efficient_attention(*swapped).transpose(1, 2), expected)
-    return found
-
-
-def _error(found: Tensor, expected: Tensor) -> float:
-    return (found - expected).abs().max().item()
 
 
 def token(environment: Mapping[str, str], home: Path, joined: bool) -> Finding:
@@ -175,6 +141,24 @@ def attention(reports: Mapping[str, Any]) -> Finding:
         remedy = "pip install 'craftor[gpu]': sdpa works, xformers is faster on some devices"
         return Finding("attention", "warning", f"no xformers on {', '.join(lacking)}", remedy)
     return Finding("attention", "ok", f"{', '.join(found)} agree with plain attention")
+
+
+def precision(reports: Mapping[str, Any], recipe: Recipe | None) -> Finding:
+    """Workers compute alike, or the run is refused at its start; and emulated bf16 is slower than fp32 by far."""
+    if silent := _silent("precision", reports):
+        return silent
+    kind = "cuda" if recipe and recipe.workers.gpu else "cpu"
+    multiplied = {address: found["bf16"][kind] for address, found in reports.items() if kind in found["bf16"]}
+    slow = ", ".join(address for address, answer in multiplied.items() if not answer)
+    where = f"bf16 is emulated on {slow}" if slow else f"bf16 is multiplied on {len(multiplied)} node(s)"
+    wanted = recipe.model.precision if recipe else "fp32"
+    if slow and wanted == "bf16":
+        remedy = 'model.precision = "auto" computes in fp32 there, if all nodes are alike; or "fp32"'
+        return Finding("precision", "warning", f'{where}, and the recipe says "bf16"', remedy)
+    if wanted == "auto" and len(set(multiplied.values())) > 1:
+        remedy = 'model.precision = "fp32", or "bf16", which is slow there; or workers of one kind'
+        return Finding("precision", "failure", f'{where} and multiplied elsewhere: "auto" is not one precision', remedy)
+    return Finding("precision", "ok", f'{where}: "auto" is fp32' if slow and wanted == "auto" else where)
 
 
 def home_finding(url: str, nodes: list[dict[str, Any]]) -> Finding:

@@ -38,7 +38,7 @@ class Work:
 
     flops: dict[str, float]
     half: frozenset[str]
-    """Those of `flops` that run in half precision."""
+    """Those of `flops` that run in half precision, where the device has the one that the recipe names."""
     weight_bytes: float
     """Frozen and trained, gradients, optimiser and moving average."""
     activation_bytes: float
@@ -102,8 +102,9 @@ def predict(work: Work, recipe: Recipe, device: Device, num_workers: int, num_no
     """Time on `num_workers` devices of one kind, on `num_nodes` nodes; `price` is a device's, dollars an hour."""
     share = -(-recipe.run.batch_size // num_workers)
     at_once = min(share, recipe.run.micro_batch or share)
+    halves = work.half if device.bfloat16 or recipe.model.precision == "fp16" else frozenset()
     seconds = {
-        name: share * flops / (UTILISATION * (device.half if name in work.half else device.single))
+        name: share * flops / (UTILISATION * (device.half if name in halves else device.single))
         for name, flops in work.flops.items()
     }
     if num_nodes > 1 and work.gathered_bytes:
