@@ -58,6 +58,18 @@ def test_a_misfit_is_overtaken_but_not_for_ever() -> None:
     assert overtook == PATIENCE and queue.pop(2) is wide
 
 
+def test_a_row_that_does_not_suit_is_overtaken_but_not_for_ever() -> None:
+    queue = FairQueue()
+    other = row("other")
+    queue.push(other)
+    for _ in range(2 * PATIENCE):
+        queue.push(row("same", cost=0.0))
+    overtook = 0
+    while (item := queue.pop(2, lambda item: item is not other)) is not None:
+        overtook += item.client == "same"
+    assert overtook == PATIENCE and queue.pop(2) is other
+
+
 def test_rows_that_are_still_being_encoded_hold_nobody_up() -> None:
     queue = FairQueue()
     slow, ready = row(encoded=False), row()
@@ -75,6 +87,20 @@ def test_dropped_rows_are_gone() -> None:
         queue.push(item)
     queue.drop(rows[:2])
     assert list(queue) == rows[2:]
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_dropped_rows_cost_their_client_nothing(left: int) -> None:
+    queue = FairQueue()
+    others, given_up = [row("other") for _ in range(3)], [row("fickle") for _ in range(9)]
+    for item in (*others, *given_up):
+        queue.push(item)
+    queue.drop(given_up[: len(given_up) - left])
+    again = row("fickle")
+    queue.push(again)
+    turns = [queue.pop(2) for _ in range(4 + left)]
+    assert turns[: 2 + 2 * left] == [others[0], *given_up[9 - left :], *others[1 : 1 + left], again]
+    assert queue.pop(2) is None
 
 
 def test_admission_counts_seconds_of_work() -> None:

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from conftest import write_tiny_recipe
 from craftor.diffuser import load
 from craftor.recipe import Model, RecipeError
 from craftor.serving import service
+from craftor.serving.jobs import NOT_HERE
 from craftor.serving.preflight import check
 from craftor.serving.settings import Serving, parse
 from craftor.serving.settings import load as load_serving
@@ -140,6 +142,62 @@ def test_replicas_scale_between_their_bounds_and_see_more_than_they_hold() -> No
     assert config.max_ongoing_requests == 1000, "Serve's default of 5 would starve the engine"
     fixed = build({"recipe": str(ROOT / "recipes" / "micro_serve.toml")})._bound_deployment._deployment_config
     assert fixed.autoscaling_config is None and fixed.num_replicas == 1
+
+
+@pytest.mark.parametrize("ended", ["engine", "watcher"])
+def test_a_replica_is_started_anew_when_a_thread_of_it_has_ended(ended: str) -> None:
+    from craftor.serving.deployment import Replica
+
+    threads = {name: SimpleNamespace(alive=True) for name in ("engine", "watcher")}
+    rest = dict.fromkeys(field.name for field in fields(service.Service))
+    replica = SimpleNamespace(_service=service.Service(**{**rest, **threads}))
+    Replica.check_health(replica)
+    threads[ended].alive = False
+    with pytest.raises(RuntimeError, match="a thread of the engine or of the watcher has ended"):
+        Replica.check_health(replica)
+
+
+class Answered:
+    """What Ray Serve keeps of a replica's answer; without one it was too slow."""
+
+    def __init__(self, answer: object = None) -> None:
+        self.answer = answer
+
+    def get(self, timeout_s: float) -> object:
+        if self.answer is None:
+            raise TimeoutError
+        return self.answer
+
+    async def get_async(self) -> object:
+        return self.answer or await asyncio.sleep(3600)
+
+
+def test_a_replica_that_does_not_answer_takes_no_other_answer_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray import serve
+    from ray.serve.exceptions import DeploymentUnavailableError
+    from ray.serve.handle import DeploymentBroadcastResponse
+
+    from craftor.serving import deployment
+
+    answers: dict[str, object] = {"metrics_here": ("two", b"2"), "cancel_here": 3, "look_here": True}
+
+    async def told(method: str) -> list[Answered]:
+        if not answers:
+            raise DeploymentUnavailableError(None)
+        return [Answered(), Answered(answers[method])]
+
+    handle = SimpleNamespace(broadcast=lambda method, *_: DeploymentBroadcastResponse(told(method), None))
+    own = SimpleNamespace(metrics=SimpleNamespace(text=lambda: b"1"))
+    context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="one"))
+    monkeypatch.setattr(serve, "get_deployment_handle", lambda *_: handle)
+    monkeypatch.setattr(serve, "get_replica_context", lambda: context)
+    assert asyncio.run(deployment._metrics_everywhere(own)) == {"one": b"1", "two": b"2"}
+    assert asyncio.run(deployment._cancel_everywhere("job", "me")) == 3
+    asyncio.run(deployment._look_everywhere())
+    answers.clear()
+    assert asyncio.run(deployment._metrics_everywhere(own)) == {"one": b"1"}
+    assert asyncio.run(deployment._cancel_everywhere("job", "me")) == NOT_HERE
+    asyncio.run(deployment._look_everywhere())
 
 
 @pytest.fixture(scope="module")

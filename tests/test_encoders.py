@@ -1,5 +1,6 @@
 """From a name to an encoder that may be used: versions pinned, bundles verified, what does not fit refused."""
 
+import errno
 import json
 import shutil
 import tomllib
@@ -7,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import requests
 import tomli_w
 import torch
+from botocore.exceptions import ClientError
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file, save_file
 
@@ -228,6 +231,42 @@ def test_a_bundle_replaced_in_the_store_is_refused(connected: MlflowClient, bund
     reseal(manifest.parent)
     with pytest.raises(EncoderRefused, match="registered was"):
         load_encoder(resolve(connected, "style"), base)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        requests.HTTPError("403 Client Error: Forbidden for url: http://me:secret@store/style"),
+        ClientError({"Error": {"Code": "AccessDenied"}}, "GetObject"),
+        OSError(errno.ENOSPC, "No space left on device"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_store_that_does_not_give_a_bundle_is_unreachable(
+    connected: MlflowClient, bundle: Path, base: Diffuser, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    register(connected, bundle, "style")
+    found = resolve(connected, "style")
+    monkeypatch.setattr(registry, "download", raising(error))
+    with pytest.raises(tracking.TrackingUnreachable, match="models:/style/1: cannot be fetched") as told:
+        load_encoder(found, base)
+    assert "secret" not in str(told.value)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), torch.OutOfMemoryError("8 GiB")])
+def test_what_the_machine_lacks_is_no_refusal(
+    bundle: Path, base: Diffuser, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(trainable, "load", raising(error))
+    with pytest.raises(type(error)):
+        load_encoder(bundle, base)
+
+
+def raising(error: Exception) -> Callable:
+    def call(*_: object) -> None:
+        raise error
+
+    return call
 
 
 def test_two_stores_in_one_process(connected: MlflowClient, bundle: Path, base: Diffuser, tmp_path: Path) -> None:

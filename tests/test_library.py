@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from craftor.diffuser import Diffuser, load
 from craftor.encoders import Encoder, EncoderRefused, UnknownEncoder, Version, load_encoder
@@ -130,6 +131,48 @@ def test_what_is_new_in_the_registry_is_served_too(registry: Registry, base: Dif
     assert set(library.table) == {"own", "style"} and library.find("own").version is None, "settings go first"
     assert library.find("style") is library.find("style@champion")
     assert list(library.problems) == ["odd"], "what cannot be used is said, and nothing else is lost"
+
+
+def test_who_missed_the_first_sighting_of_a_name_knows_it_from_the_next(registry: Registry, base: Diffuser) -> None:
+    there: dict[str, str] = {}
+    leader, late = (Library(base, {}, registry.resolve, discover=lambda: there) for _ in range(2))
+    there["style"] = "style@champion"
+    leader.refresh()
+    late.follow(leader.look())
+    assert late.find("style@champion") is late.find("style") and late.sources["style"] == "style@champion"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        TrackingUnreachable("the store gives nothing"),
+        OSError("No space left on device"),
+        torch.OutOfMemoryError("No memory left"),
+        KeyError("a setting"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_version_that_cannot_be_loaded_for_now_is_tried_again(
+    registry: Registry, base: Diffuser, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def load(found: Version | Path, base: Diffuser) -> Encoder:
+        if isinstance(found, Version) and found.version == "2":
+            raise error
+        return registry.load(found, base)
+
+    there: dict[str, str] = {}
+    library = Library(base, {"style": "style@champion"}, registry.resolve, discover=lambda: there)
+    registry.champion = "2"
+    monkeypatch.setattr(module, "load_encoder", load)
+    library.refresh()
+    assert library.find("style").version == "1" and error.args[0] in library.problems["style"]
+    there["new"] = "style@champion"
+    found = Library(base, {"own": str(registry.bundles["1"])}, registry.resolve, discover=lambda: there)
+    assert list(found.table) == ["own"] and list(found.problems) == ["new"]
+    monkeypatch.setattr(module, "load_encoder", registry.load)
+    for one in (library, found):
+        one.refresh()
+        assert one.find("style@champion").version == "2" and one.problems == {}
 
 
 def served(version: str, *libraries: Library) -> None:

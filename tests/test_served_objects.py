@@ -89,6 +89,34 @@ def test_an_object_has_the_bits_of_its_own_alone_and_in_a_crowd_that_has_those_o
     assert (bare - alone).abs().max() > 1e-3
 
 
+@pytest.fixture(scope="module")
+def next_version(base: Diffuser, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> ObjectEncoder:
+    """With other tokens, so that not even their numbers could meet in a call."""
+    return load_object_encoder(write_object_bundle(tiny, tmp_path_factory.mktemp("next"), tokens="patches"), base)
+
+
+def test_two_versions_of_an_encoder_are_never_in_one_call(
+    base: Diffuser, engine: Engine, objects: ObjectEncoder, next_version: ObjectEncoder
+) -> None:
+    """In the time of a promotion each row has the bits of its own version."""
+    assert objects.shares_calls and next_version.shares_calls
+    old, new = (
+        ImageRequest(PROMPT, seed=9, num_steps=5, guidance_scale=1.0, shown=shown(one, 0, weight=1.0))
+        for one in (objects, next_version)
+    )
+    (old_alone,), (new_alone,) = (drain(engine, engine.submit([one])) for one in (old, new))
+    (plain_alone,) = drain(engine, engine.submit(plain(base)[:1]))
+    in_flight = engine.submit([old])
+    encoded(in_flight)
+    engine.step()
+    rows = engine.submit([new, *plain(base)[:1]])
+    encoded(rows)
+    engine.step()
+    assert [row.index for row in rows] == [0, 1], "the new version waits for the old one, and nobody for it"
+    crowd = drain(engine, [*in_flight, *rows])
+    assert all(torch.equal(a, b) for a, b in zip(crowd, [old_alone, new_alone, plain_alone], strict=True))
+
+
 @pytest.mark.parametrize(("text", "object_weight", "first"), [(3.0, 3.0, 0), (3.0, 1.5, 0), (2.0, 4.0, 2)])
 def test_it_draws_what_customize_draws(
     base: Diffuser, engine: Engine, objects: ObjectEncoder, bundle: Path, text: float, object_weight: float, first: int
@@ -226,6 +254,15 @@ def test_beside_a_base_that_is_rounded_already_it_draws_the_same_bits(tiny: Path
         drawn += drain(engine, engine.submit([one]))
         engine.stop()
     assert torch.equal(*drawn)
+
+
+def test_what_the_machine_lacks_is_no_refusal(base: Diffuser, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(_: Path) -> None:
+        raise torch.OutOfMemoryError("8 GiB")
+
+    monkeypatch.setattr(object_adapter, "read", read)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_object_encoder(bundle, base)
 
 
 def test_other_bundles_and_other_bases_are_refused(base: Diffuser, bundle: Path, tiny: Path, tmp_path: Path) -> None:

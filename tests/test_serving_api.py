@@ -27,12 +27,13 @@ from PIL import Image
 from craftor import registry
 from craftor.diffuser import load
 from craftor.recipe import Model
-from craftor.serving import tracing, webhook
+from craftor.serving import api, tracing, webhook
 from craftor.serving.admission import Load
 from craftor.serving.api import Everywhere, build_app
 from craftor.serving.generation import begin
 from craftor.serving.jobs import NOT_HERE
 from craftor.serving.metrics import Metrics
+from craftor.serving.pictures import Pictures
 from craftor.serving.provenance import png
 from craftor.serving.service import Service, service
 from craftor.serving.settings import Serving
@@ -253,6 +254,12 @@ def test_urls_lead_to_the_same_bytes_for_a_while(http: TestClient, served: Servi
     assert http.get(f"/v1/images/{'a' * 32}.png").status_code == 404
 
 
+def test_a_picture_that_another_request_renames_or_removes_meanwhile_is_no_error(tmp_path: Path) -> None:
+    kept = Pictures(tmp_path, 60.0)
+    (tmp_path / ".gone.png").symlink_to(tmp_path / "nothing")  # listed, and not there when it is looked at
+    assert kept.read(kept.keep(b"picture")) == b"picture"
+
+
 @pytest.mark.parametrize(
     ("body", "param", "message"),
     [
@@ -443,6 +450,21 @@ def test_what_operators_read(http: TestClient) -> None:
     encoders = http.get("/v1/encoders").json()["data"]
     assert [e["id"] for e in encoders] == ["tuned1", "tuned2"] and encoders[0]["window"] == {"from": 499, "to": 0}
     assert "clip" in encoders[0]["rewards"]
+
+
+def test_what_goes_wrong_is_counted_by_its_status(
+    http: TestClient, served: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def counted(route: str, status: str) -> float:
+        labels = {"route": route, "status": status}
+        return served.metrics.registry.get_sample_value("craftor_http_requests_total", labels) or 0.0
+
+    before = [counted("/v1/models", "500"), counted("/v1/models", "none"), counted("other", "413")]
+    monkeypatch.setattr(api, "model_entry", lambda _: {}["nothing"])
+    assert http.get("/v1/models").status_code == 500
+    assert http.post("/v1/images/generations", content=b"x" * 20_000).status_code == 413
+    after = [counted("/v1/models", "500"), counted("/v1/models", "none"), counted("other", "413")]
+    assert after == [before[0] + 1, before[1], before[2] + 1]
 
 
 def test_pages_elsewhere_may_not_call_unless_they_are_named(http: TestClient, served: Service) -> None:

@@ -55,6 +55,19 @@ def test_what_mlflow_has_is_not_sent_again(tracker: tracking.Tracker) -> None:
     assert logged(tracker) == [(1, 0.5), (2, 0.25), (3, pytest.approx(0.5 / 3))]
 
 
+def test_the_password_of_a_server_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = "http://me:p@ss@127.0.0.1:9"
+    told = f"API request to {uri}/{'x' * 200} failed"
+    with pytest.raises(tracking.TrackingUnreachable) as first, tracking.answering(MlflowClient(uri)):
+        raise MlflowException(told)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(tracking.TrackingUnreachable) as second:
+        tracking.client(tmp_path)
+    for error in (first, second):
+        assert "MLflow at http://127.0.0.1:9 refused or did not answer" in str(error.value)
+        assert "ss@" not in str(error.value) and "me:" not in str(error.value)
+
+
 def test_each_folder_of_runs_has_its_own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     tracking.client(tmp_path / "first").create_registered_model("mine")

@@ -4,6 +4,7 @@ Loading executes nothing: allow-listed files with the manifest's hashes, safeten
 the base, then one probe prompt.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -23,7 +24,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from craftor import checkpoint, registry, trainable
 from craftor.diffuser import Diffuser, tokenize
 from craftor.prefix_cache import weights_digest
-from craftor.tracking import TrackingUnreachable
+from craftor.storage import failures
+from craftor.tracking import TrackingUnreachable, reason
 from craftor.versions import UnknownEncoder, Version, resolve, versions
 
 __all__ = ["Encoder", "EncoderRefused", "UnknownEncoder", "Version", "load_encoder", "resolve", "versions"]
@@ -82,23 +84,29 @@ def fetch(found: Version) -> Path:
     """The verified bundle of a version in the local cache, under the hash of its manifest; downloaded once.
 
     Raises BundleError for a bundle that is not as it was written, EncoderRefused where its weights are not those that
-    were registered, TrackingUnreachable when the store does not answer.
+    were registered, TrackingUnreachable when the store does not give it or the cache has no room for it.
     """
-    cache = cache_folder()
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache, prefix=".fetching-") as temporary:
-        try:
-            # Not `models:/`: MLflow looks that up in its current store, whichever store it is told.
-            place = MlflowClient(found.store).get_model_version_download_uri(found.name, found.version)
-            manifest = registry.download(f"{place}/{checkpoint.MANIFEST}", Path(temporary), found.store)
-            kept = cache / hashlib.sha256(manifest.read_bytes()).hexdigest()
-            if not kept.is_dir():
-                _move(registry.fetch(place, Path(temporary) / "bundle", found.store), kept)
-        except MlflowException as error:
-            raise TrackingUnreachable(f"{found.uri}: cannot be fetched ({str(error).splitlines()[0][:200]})") from error
+    # MLflow lets through what its stores of artifacts raise.
+    failed: tuple[type[BaseException], ...] = (MlflowException, *failures())
+    try:
+        kept = _copy(found, cache_folder())
+    except failed as error:
+        raise TrackingUnreachable(f"{found.uri}: cannot be fetched ({reason(error)})") from error
     registry.verify_bundle(kept)
     if (digest := registry.weights_sha256(kept)) != found.tags.get(registry.SHA256):
         raise EncoderRefused(f"{found.uri}: its weights are {digest}, registered was {found.tags[registry.SHA256]}")
+    return kept
+
+
+def _copy(found: Version, cache: Path) -> Path:
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".fetching-") as temporary:
+        # Not `models:/`: MLflow looks that up in its current store, whichever store it is told.
+        place = MlflowClient(found.store).get_model_version_download_uri(found.name, found.version)
+        manifest = registry.download(f"{place}/{checkpoint.MANIFEST}", Path(temporary), found.store)
+        kept = cache / hashlib.sha256(manifest.read_bytes()).hexdigest()
+        if not kept.is_dir():
+            _move(registry.fetch(place, Path(temporary) / "bundle", found.store), kept)
     return kept
 
 
@@ -113,8 +121,9 @@ def _move(folder: Path, kept: Path) -> None:
 def load_encoder(found: Version | Path, base: Diffuser, *, any_base: bool = False) -> Encoder:
     """Load a registered version or a bundle's folder as a stand-in for the base's encoder.
 
-    Raises BundleError or EncoderRefused where anything is amiss. An encoder trained from another base's weights is
-    refused too, unless `any_base`.
+    Raises what `fetch` raises, and EncoderRefused where anything is amiss; OSError and torch.OutOfMemoryError are the
+    machine's, and the bundle may do later. An encoder trained from another base's weights is refused too, unless
+    `any_base`.
     """
     folder = fetch(found) if isinstance(found, Version) else found
     registry.verify_bundle(folder)
@@ -182,12 +191,21 @@ def _load_modules(folder: Path, base: Diffuser, uri: str) -> dict[str, Any]:
     except EncoderRefused:
         raise
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:  # transformers has one for wrong shapes
+        if of_the_machine(error):
+            raise
         raise EncoderRefused(f"{uri}: {error}") from None
     if others := modules.keys() - base.encoders.keys():
         raise EncoderRefused(
             f"{uri}: tunes {', '.join(sorted(others))}; of this base can be mixed: {', '.join(base.encoders)}"
         )
     return modules
+
+
+def of_the_machine(error: BaseException) -> bool:
+    """Whether it says nothing of a bundle: no memory is left, or files cannot be read for now."""
+    # What transformers raises for a bundle is an OSError of no number.
+    of_files = isinstance(error, OSError) and error.errno not in (None, errno.ENOENT)
+    return of_files or isinstance(error, torch.OutOfMemoryError)
 
 
 def check_architecture(config: Mapping[str, Any], part: str, base: Diffuser, uri: str) -> None:

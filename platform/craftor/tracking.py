@@ -6,6 +6,7 @@ run does not start; if it goes away later, lines wait here and are sent when it 
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Literal
 import mlflow
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
@@ -46,10 +48,9 @@ def client(runs_root: Path) -> MlflowClient:
                 EXPERIMENT, artifact_location=(runs_root.resolve() / "mlartifacts").as_uri() if local else None
             )
     except MlflowException as error:
-        reason = str(error).splitlines()[0][:200]
         raise TrackingUnreachable(
-            f"MLflow at {uri} refused or did not answer ({reason}); start it, log in by MLFLOW_TRACKING_USERNAME and "
-            "MLFLOW_TRACKING_PASSWORD, or unset MLFLOW_TRACKING_URI to use a local file"
+            f"MLflow at {without_secrets(uri)} refused or did not answer ({reason(error)}); start it, log in by "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or unset MLFLOW_TRACKING_URI to use a local file"
         ) from None
     return connected
 
@@ -68,8 +69,18 @@ def answering(connected: MlflowClient) -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        reason = str(error).splitlines()[0][:200]
-        raise TrackingUnreachable(f"MLflow at {connected.tracking_uri} refused or did not answer: {reason}") from error
+        where = without_secrets(connected.tracking_uri)
+        raise TrackingUnreachable(f"MLflow at {where} refused or did not answer: {reason(error)}") from error
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what it says, for anybody to read."""
+    return without_secrets(str(error).partition("\n")[0])[:200]
+
+
+def without_secrets(text: str) -> str:
+    """URLs in it lose their user and password."""
+    return re.sub(r"//[^/\s]+@", "//", text)
 
 
 class Tracker:
@@ -105,6 +116,17 @@ class Tracker:
             connected.log_inputs(run_id, [_dataset(recipe, prepared)])
         return cls(connected, run_id)
 
+    @classmethod
+    def again(cls, connected: MlflowClient, run_id: str) -> "Tracker | None":
+        """The run that an earlier process began, if this store has it: that process may have had another."""
+        try:
+            connected.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+                raise
+            return None
+        return cls(connected, run_id)
+
     def log(self, record: dict[str, float]) -> None:
         """Queue one line of `metrics.jsonl`; every few seconds, send what waits."""
         step = int(record["step"])
@@ -124,7 +146,7 @@ class Tracker:
             try:
                 self.client.log_batch(self.run_id, metrics=head)
             except MlflowException as error:
-                self.outage = str(error).splitlines()[0][:200]
+                self.outage = reason(error)
                 return False
             del self.waiting[: len(head)]
         self.outage = None
@@ -138,7 +160,7 @@ class Tracker:
         try:
             yield
         except MlflowException as error:
-            raise TrackingUnreachable(f"MLflow went away ({str(error).splitlines()[0][:200]})") from error
+            raise TrackingUnreachable(f"MLflow went away ({reason(error)})") from error
 
     def artifacts(self, folder: Path, path: str) -> None:
         if folder.is_dir():

@@ -7,13 +7,13 @@ time and the end of its client's last row, so whoever asks for a hundred images 
 
 import math
 from bisect import insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from craftor.serving.work import Row
 
 PATIENCE = 8
-"""So often rows that need fewer slots may overtake one that does not fit; then slots are kept free for it."""
+"""So often other rows may overtake one that does not fit; then slots are kept free for it."""
 
 
 class Rejected(RuntimeError):
@@ -52,12 +52,12 @@ class FairQueue:
         self._number += 1
         insort(self._entries, _Entry(start, self._number, row))
 
-    def pop(self, free_slots: int) -> Row | None:
-        """The next row that is encoded and fits, unless one that does not fit has been passed over too often."""
+    def pop(self, free_slots: int, suits: Callable[[Row], bool] = lambda _: True) -> Row | None:
+        """The next row that is encoded, fits and suits, unless one that does not has been passed over too often."""
         for place, entry in enumerate(self._entries):
             if not entry.row.encoded:
                 continue
-            if entry.row.request.slots <= free_slots:
+            if entry.row.request.slots <= free_slots and suits(entry.row):
                 del self._entries[place]
                 self._virtual = max(self._virtual, entry.tag)
                 for earlier in self._entries[:place]:
@@ -70,8 +70,28 @@ class FairQueue:
         return None
 
     def drop(self, rows: Sequence[Row]) -> None:
+        """As if they had never been pushed: what is left of their clients' rows, and what follows, moves up."""
+        if not rows:
+            return
         gone = set(map(id, rows))
-        self._entries = [entry for entry in self._entries if id(entry.row) not in gone]
+        kept: list[_Entry] = []
+        spared: dict[str, float] = {}
+        for entry in self._entries:
+            client = entry.row.client
+            if id(entry.row) in gone:
+                spared[client] = spared.get(client, 0.0) + entry.row.cost
+            else:
+                entry.tag = self._earlier(entry.tag, spared.get(client, 0.0))
+                kept.append(entry)
+        self._entries = sorted(kept)
+        for client, cost in spared.items():
+            self._ends[client] = self._earlier(self._ends[client], cost)
+        if not self._entries:
+            self._ends.clear()
+
+    def _earlier(self, tag: float, cost: float) -> float:
+        """Not before the virtual time, unless it is so already."""
+        return min(tag, max(self._virtual, tag - cost))
 
 
 @dataclass(frozen=True)

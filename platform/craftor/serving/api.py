@@ -44,9 +44,9 @@ def build_app(service: Service, everywhere: Everywhere | None = None) -> FastAPI
     # Its page is FastAPI's, with scripts of its own: FastAPI's loads them from elsewhere, where servers may not reach.
     app = FastAPIOffline(title="Craftor", version=__version__, summary=summary, redoc_url=None)
     errors.install(app)
-    app.add_middleware(CountAnswers, metrics=service.metrics)
     limits = settings.limits
     app.add_middleware(BodyLimit, limit=limits.body_bytes, others={"/v1/images/edits": limits.edit_bytes})
+    app.add_middleware(CountAnswers, metrics=service.metrics)  # around the one before, whose answers count too
     if settings.http.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.http.cors_origins), allow_methods=["*"], allow_headers=["*"]
@@ -146,7 +146,7 @@ def _operations(app: FastAPI, service: Service, everywhere: Everywhere | None) -
     @app.get("/healthz", include_in_schema=False)
     async def healthy() -> JSONResponse:
         """Whether this process should live on."""
-        alive = service.engine.alive
+        alive = service.alive
         return JSONResponse({"alive": alive}, 200 if alive else 503)
 
     @app.get("/readyz", include_in_schema=False)

@@ -1,8 +1,12 @@
 """Count answers by route and status; the route's pattern, not the path, so that the labels are few."""
 
+from asyncio import CancelledError
+
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from craftor.serving.metrics import Metrics
+
+NO_ANSWER = "none"
 
 
 class CountAnswers:
@@ -15,7 +19,7 @@ class CountAnswers:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        status = "none"
+        status = NO_ANSWER
 
         async def noted(message: Message) -> None:
             nonlocal status
@@ -26,6 +30,12 @@ class CountAnswers:
         self.metrics.ongoing.inc()
         try:
             await self.app(scope, receive, noted)
+        except CancelledError:
+            raise  # whoever asked has hung up
+        except BaseException:
+            if status == NO_ANSWER:
+                status = "500"  # what Starlette answers, outside of all middleware
+            raise
         finally:
             self.metrics.ongoing.dec()
             route = getattr(scope.get("route"), "path", "other")

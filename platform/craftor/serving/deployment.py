@@ -7,9 +7,11 @@ every encoder, so any may answer; what only one of them knows, a job to cancel o
 or told to all.
 """
 
+import asyncio
 import signal
 import threading
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from craftor.quiet import hush
 from craftor.serving.api import Everywhere, build_app
 from craftor.serving.jobs import NOT_HERE
 from craftor.serving.routing import HELD
-from craftor.serving.service import service
+from craftor.serving.service import Service, service
 from craftor.serving.settings import Serving, load, parse
 from craftor.serving.watcher import Seen
 
@@ -42,15 +44,16 @@ class Replica:
         self._service = self._open.enter_context(service(parse(settings, "serve"), _is_first, _tell_all_of))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_app(self._service, Everywhere(_cancel_everywhere, _look_everywhere, _metrics_everywhere))
+        return build_app(
+            self._service, Everywhere(_cancel_everywhere, _look_everywhere, partial(_metrics_everywhere, self._service))
+        )
 
     def cancel_here(self, job: str, client: str) -> int:
         """Images given up, or NOT_HERE."""
         return self._service.jobs.cancel(job, client)
 
     def metrics_here(self) -> tuple[str, bytes]:
-        """With this replica's id."""
-        return serve.get_replica_context().replica_id.unique_id, self._service.metrics.text()
+        return _metrics_of(self._service)
 
     def look_here(self) -> None:
         """At the registry, now, if this is the replica that looks."""
@@ -66,9 +69,9 @@ class Replica:
         return {HELD: [*table, *(f"{encoder.name}/{encoder.version}" for encoder in table.values())]}
 
     def check_health(self) -> None:
-        """Serve starts a replica anew whose engine has ended."""
-        if not self._service.engine.alive:
-            raise RuntimeError("a thread of the engine has ended")
+        """Serve starts a replica anew that could draw no more, or follow the registry no more."""
+        if not self._service.alive:
+            raise RuntimeError("a thread of the engine or of the watcher has ended; the log says why")
 
     def __del__(self) -> None:
         self._open.close()
@@ -81,30 +84,36 @@ def _is_first() -> bool:
 
 
 def _tell_all_of(seen: Seen) -> None:
-    """From the watcher's thread, which must outlive Serve's controller. Who cannot be told now hears the next one."""
-    with suppress(RayError, RayServeException, TimeoutError):
-        handle = serve.get_deployment_handle(DEPLOYMENT, APP)
-        handle.broadcast("hear_here", seen).results(timeout_s=30, return_exceptions=True)
+    """From the watcher's thread. Who cannot be told now hears the next one."""
+    _tell_all("hear_here", seen, seconds=30)
 
 
 async def _cancel_everywhere(job: str, client: str) -> int:
-    return max(
-        (told for told in await _tell_all("cancel_here", job, client) if isinstance(told, int)), default=NOT_HERE
-    )
+    told = await asyncio.to_thread(_tell_all, "cancel_here", job, client)
+    return max((one for one in told if isinstance(one, int)), default=NOT_HERE)
 
 
 async def _look_everywhere() -> None:
-    await _tell_all("look_here")
+    await asyncio.to_thread(_tell_all, "look_here")
 
 
-async def _metrics_everywhere() -> dict[str, bytes]:
-    return dict(told for told in await _tell_all("metrics_here") if isinstance(told, tuple))
+async def _metrics_everywhere(own: Service) -> dict[str, bytes]:
+    told = await asyncio.to_thread(_tell_all, "metrics_here")
+    return dict([_metrics_of(own), *(one for one in told if isinstance(one, tuple))])
 
 
-async def _tell_all(method: str, *arguments: str) -> list[Any]:
-    """What each replica answers, or the error in place of it."""
-    handle = serve.get_deployment_handle(DEPLOYMENT, APP)
-    return await handle.broadcast(method, *arguments).results_async(timeout_s=5, return_exceptions=True)
+def _metrics_of(own: Service) -> tuple[str, bytes]:
+    """With this replica's id."""
+    return serve.get_replica_context().replica_id.unique_id, own.metrics.text()
+
+
+def _tell_all(method: str, *arguments: Any, seconds: float = 5) -> list[Any]:
+    """What each replica answers, or the error in place of it; nothing where Serve's controller is away."""
+    with suppress(RayError, RayServeException, TimeoutError):
+        told = serve.get_deployment_handle(DEPLOYMENT, APP).broadcast(method, *arguments)
+        # Not `results_async`: there one replica that does not answer in time takes away what the others said.
+        return told.results(timeout_s=seconds, return_exceptions=True)
+    return []
 
 
 def build(arguments: dict[str, Any]) -> Application:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from craftor import object_adapter, object_condition, registry, trainable
 from craftor.diffuser import Diffuser, freeze, load
-from craftor.encoders import EncoderRefused, Version, fetch
+from craftor.encoders import EncoderRefused, Version, fetch, of_the_machine
 from craftor.object_condition import ImageEncoder
 from craftor.prefix_cache import weights_digest
 from craftor.recipe import Model
@@ -107,8 +107,8 @@ def object_encoders(model: Model, base: Diffuser, source: str | None, resolve: R
 def load_object_encoder(found: Version | Path, base: Diffuser, whole: Diffuser | None = None) -> ObjectEncoder:
     """Load a registered version or a bundle's folder beside its base.
 
-    `whole` is the base as it is on disk, where `base` has been rounded. Raises BundleError or EncoderRefused where
-    anything is amiss.
+    `whole` is the base as it is on disk, where `base` has been rounded. Raises what `fetch` raises, and EncoderRefused
+    where anything is amiss; OSError and torch.OutOfMemoryError are the machine's, and the bundle may do later.
     """
     whole = whole or base
     folder = fetch(found) if isinstance(found, Version) else found
@@ -124,6 +124,8 @@ def load_object_encoder(found: Version | Path, base: Diffuser, whole: Diffuser |
     try:
         unet, images, tuned = _networks(folder, base, whole)
     except (OSError, RuntimeError, ValueError) as error:
+        if of_the_machine(error):
+            raise
         raise EncoderRefused(f"object_encoder = {uri!r}: {error}") from None
     same = _probe(unet, images, base, uri)
     return ObjectEncoder(

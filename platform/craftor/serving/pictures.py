@@ -4,6 +4,7 @@ import os
 import re
 import secrets
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,13 +29,14 @@ class Pictures:
 
     def read(self, name: str) -> bytes:
         """Raises ApiError 404 for one that is not there, or not there any more."""
-        path = self.folder / name
-        if not re.fullmatch(r"[A-Za-z0-9_-]{32}\.png", name) or not path.is_file():
-            raise ApiError(404, f"no image {name!r}; they are kept for {self.seconds:g} s", code="image_not_found")
-        return path.read_bytes()
+        with suppress(FileNotFoundError):
+            if re.fullmatch(r"[A-Za-z0-9_-]{32}\.png", name):
+                return (self.folder / name).read_bytes()
+        raise ApiError(404, f"no image {name!r}; they are kept for {self.seconds:g} s", code="image_not_found")
 
     def _sweep(self) -> None:
         oldest = time.time() - self.seconds
         for path in self.folder.glob("*.png"):
-            if path.stat().st_mtime < oldest:
-                path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another request has given it its name, or has removed it
+                if path.stat().st_mtime < oldest:
+                    path.unlink()

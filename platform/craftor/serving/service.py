@@ -38,6 +38,11 @@ class Service:
     """The one that draws objects, or none."""
 
     @property
+    def alive(self) -> bool:
+        """Whether this process should live on: no thread of it has ended."""
+        return self.engine.alive and self.watcher.alive
+
+    @property
     def object_encoder(self) -> ObjectEncoder | None:
         """The version of now."""
         return self.objects.table.get(ON_THE_SHELF)

@@ -10,13 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
+from safetensors import SafetensorError
+
 from craftor.encoders import EncoderRefused, UnknownEncoder, Version
 from craftor.registry import BundleError
-from craftor.tracking import TrackingUnreachable
+from craftor.tracking import TrackingUnreachable, reason
 
 Resolve = Callable[[str], Version]
 Discover = Callable[[], Mapping[str, str]]
 """Names in the registry and the references that lead to them: what is served beside what the settings name."""
+
+
+UNFORESEEN = (OSError, MemoryError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, SafetensorError)
+"""What loading may raise beside a refusal: for want of memory or files, or for a content that nobody has thought of."""
 
 
 class _Loaded(Protocol):
@@ -38,7 +44,7 @@ class Sighting:
     """What the registry said at a moment."""
 
     references: Mapping[str, str]
-    """By name: what is new among those that were discovered."""
+    """By name: all that were discovered so far, for a replica may have missed any other sighting."""
     versions: Mapping[str, Version]
     """By name: what its reference leads to."""
     problems: Mapping[str, str]
@@ -60,6 +66,7 @@ class Shelf(Generic[T]):
         What is discovered is not promised by the settings: of that, what cannot be used is only noted in `problems`.
         """
         self.sources = dict(sources)
+        self._own = frozenset(sources)
         self.problems: dict[str, str] = {}
         """By name, or `registry`: why what is served is not what the registry says."""
         self._read, self._resolve, self._discover = load, resolve, discover
@@ -91,8 +98,9 @@ class Shelf(Generic[T]):
         references: dict[str, str] = {}
         found: dict[str, Version] = {}
         try:
-            references = {n: source for n, source in self._discover().items() if n not in self.sources}
-            for name, source in (self.sources | references).items():
+            sources = {**self._discover(), **self.sources}
+            references = {name: source for name, source in sources.items() if name not in self._own}
+            for name, source in sources.items():
                 if name not in self._folders:
                     try:
                         found[name] = self._version(name, source)
@@ -103,18 +111,17 @@ class Shelf(Generic[T]):
         return Sighting(references, found, problems)
 
     def follow(self, seen: Sighting) -> None:
-        """Swap in what has moved. Never raises for what a bundle is; see `problems`."""
+        """Swap in what has moved. Never raises for what a bundle is or cannot be loaded for; see `problems`."""
         problems = dict(seen.problems)
         table = dict(self._table)
         self.sources = self.sources | dict(seen.references)
-        try:
-            for name, version in seen.versions.items():
-                try:
-                    table[name] = self._load_version(name, version)
-                except (BundleError, EncoderRefused) as error:
-                    problems[name] = str(error)
-        except TrackingUnreachable as error:
-            problems["registry"] = str(error)
+        for name, version in seen.versions.items():
+            try:
+                table[name] = self._load_version(name, version)
+            except (BundleError, EncoderRefused, TrackingUnreachable) as error:
+                problems[name] = str(error)
+            except UNFORESEEN as error:
+                problems[name] = f"{version.uri}: cannot be loaded ({type(error).__name__}: {reason(error)})"
         self._table, self.problems = table, problems
 
     def _load(self, name: str, source: str) -> T:

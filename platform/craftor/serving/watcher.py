@@ -40,9 +40,13 @@ class Watcher:
         self._thread.start()
 
     @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
     def problem(self) -> str | None:
         """Why what is served may not be what the registry says."""
-        if not self._thread.is_alive():
+        if not self.alive:
             return "the thread that follows the registry has ended; the log says why"
         silent = time.monotonic() - self._heard_at
         if silent > PATIENCE * self._seconds + 30:
