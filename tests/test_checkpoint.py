@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from craftor import checkpoint
+from craftor.checkpoint import CheckpointError
 
 
 def trained(steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -95,8 +96,15 @@ def test_a_changed_file_is_refused_by_name(tmp_path: Path) -> None:
     folder = save(tmp_path, 3, *trained(3))
     (folder / "trainer" / "state.json").write_text('{"step": 4}')
     module, optimizer = trained(0)
-    with pytest.raises(ValueError, match=r"trainer/state\.json: missing or changed"):
+    with pytest.raises(CheckpointError, match=r"trainer/state\.json: missing or changed"):
         checkpoint.restore(folder, module=module, optimizer=optimizer, average=None)
+
+
+def test_weights_of_something_else_are_refused_by_name(tmp_path: Path) -> None:
+    folder = save(tmp_path, 3, *trained(3))
+    module = nn.Sequential(nn.Linear(3, 4))
+    with pytest.raises(CheckpointError, match=r"not those that train: \['1\.bias', '1\.weight'\]"):
+        checkpoint.restore(folder, module=module, optimizer=torch.optim.AdamW(module.parameters()), average=None)
 
 
 def test_saving_again_replaces(tmp_path: Path) -> None:

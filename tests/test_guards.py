@@ -1,6 +1,7 @@
 """Guards: what images show without a model, what a history of metrics leads to, and that it comes before the harm."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from craftor import checkpoint, seeds, watch
+from craftor import checkpoint, seeds, storage, watch
 from craftor.decode import decode
 from craftor.denoise import Prompt, State, sample
 from craftor.embed import embed
@@ -239,11 +240,11 @@ def checkpoints(run_dir: Path, *steps: int) -> None:
         (folder.parent / checkpoint.MANIFEST).write_text("{}")
 
 
-def conclude(run_dir: Path, recipe: Path, action: str) -> Path:
+def conclude(run_dir: Path, recipe: Path, action: str, url: str | None = None) -> Path:
     """What `fit` makes of a run that a guard has ended at step 30, without training."""
     verdict = {"step": 30, "metric": "m", "action": action, "reason": "m is 4, below 5", "last_good_step": 25}
     (run_dir / watch.GUARD).write_text(json.dumps([{**verdict, "pictures": None}]))
-    return fit(load(recipe), run_dir, run_dir / "rows", 1)
+    return fit(load(recipe, {"run.storage": url} if url else None), run_dir, run_dir / "rows", 1)
 
 
 def test_stop_fails_the_run_and_keeps_every_checkpoint(tiny_recipe: Path, tmp_path: Path) -> None:
@@ -266,6 +267,42 @@ def test_roll_back_without_a_good_checkpoint_is_a_failure(tiny_recipe: Path, tmp
     checkpoints(tmp_path, 30)
     with pytest.raises(TrainingStopped, match="no checkpoint of step 25 or before; allowed: a smaller run.checkpoint"):
         conclude(tmp_path, tiny_recipe, "roll_back")
+
+
+@pytest.fixture
+def home(tmp_path: Path, tiny_recipe: Path) -> str:
+    """Of a run with checkpoints of steps 10, 20 and 30; its folder, `tmp_path / "run"`, has the last one."""
+    made, url = tmp_path / "made", (tmp_path / "home").as_uri()
+    checkpoints(made, 10, 20, 30)
+    (made / "recipe.toml").write_text(tiny_recipe.read_text())
+    for folder in checkpoint.complete_ones(made):
+        storage.put_checkpoint(folder, url)
+    (tmp_path / "run").mkdir()
+    storage.put_run(made, url)
+    storage.get_run(url, tmp_path / "run")
+    return url
+
+
+def test_roll_back_finds_the_last_good_checkpoint_at_the_runs_home(
+    tiny_recipe: Path, tmp_path: Path, home: str
+) -> None:
+    run_dir = tmp_path / "run"
+    assert conclude(run_dir, tiny_recipe, "roll_back", home) == run_dir / "checkpoints" / "step-000020"
+    storage.get_run(home, tmp_path / "elsewhere")
+    assert checkpoint.latest(tmp_path / "elsewhere") == tmp_path / "elsewhere" / "checkpoints" / "step-000020"
+
+
+def test_a_stopped_run_trains_on_when_its_home_is_changed_as_told(tiny_recipe: Path, tmp_path: Path, home: str) -> None:
+    run_dir = tmp_path / "run"
+    with pytest.raises(TrainingStopped) as stopped:
+        conclude(run_dir, tiny_recipe, "stop", home)
+    storage.put_run(run_dir, home)
+    told = re.search(r"change \[guards\] in (\S+), remove (\S+) and (\S+), and resume", str(stopped.value))
+    assert told is not None and told[1] == f"{home}/recipe.toml"
+    for path in told.groups()[1:]:
+        storage.remove(path)
+    storage.get_run(home, run_dir)
+    assert watch.ended(run_dir) is None
 
 
 def over_optimised(seed: int = 0) -> Recipe:

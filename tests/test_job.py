@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from mlflow.exceptions import MlflowException
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -204,6 +205,51 @@ def test_another_recipe_is_shown_and_refused_unless_accepted(uninterrupted: Path
     with pytest.raises(RecipeError, match=r"checkpoint_every: there 4, here 5.*--accept") as refused:
         job.resume(uninterrupted, other)
     assert "optimizer.lr: there 0.001, here 0.002" in str(refused.value) and "seed" not in str(refused.value)
+
+
+def test_a_run_goes_on_where_mlflow_does_not_know_it(
+    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As one does whose home is a bucket, on another machine with its own MLflow."""
+    copy = tmp_path / "runs" / "copy"
+    shutil.copytree(uninterrupted, copy)
+    began = json.loads((copy / "run.json").read_text())["mlflow_run_id"]
+    with pytest.raises(RecipeError, match="does not know this run; set MLFLOW_TRACKING_URI"):
+        job.sync(copy)
+    assert job.resume(copy).registered is not None
+    assert "does not know this run: it gets a new one there" in capsys.readouterr().out
+    state = json.loads((copy / "run.json").read_text())
+    history = tracking.client(copy.parent).get_metric_history(state["mlflow_run_id"], "loss")
+    assert state["mlflow_run_id"] != began and sorted(point.step for point in history) == [*range(1, 25)]
+    assert job.resume(copy).registered == state["registered"], "known now"
+
+
+def test_metrics_are_sent_of_a_run_that_is_to_go_on(uninterrupted: Path, tmp_path: Path) -> None:
+    """Registered before its end, its encoder would never be again."""
+    copy = uninterrupted.parent / "copy-to-sync"
+    shutil.copytree(uninterrupted, copy)
+    recipe, state = (copy / "recipe.toml").read_text(), json.loads((copy / "run.json").read_text())
+    (copy / "recipe.toml").write_text(recipe.replace("num_steps = 24", "num_steps = 48"))
+    (copy / "run.json").write_text(json.dumps({key: state[key] for key in state if key != "registered"}))
+    assert job.sync(copy).registered is None and "registered" not in json.loads((copy / "run.json").read_text())
+    (copy / "recipe.toml").write_text(recipe)
+    assert job.sync(copy).registered is not None
+
+
+@pytest.mark.usefixtures("cluster")
+def test_what_ended_a_run_is_heard_while_mlflow_is_away(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object, **__: object) -> None:
+        raise MlflowException("no answer")
+
+    def stopped(*_: object) -> None:
+        monkeypatch.setattr(tracking.Tracker, "finish", away)
+        raise TrainingStopped("a guard stopped the run")
+
+    monkeypatch.setattr(job, "fit", stopped)
+    with pytest.raises(TrainingStopped, match="a guard stopped the run"):
+        run(tiny_recipe, tmp_path / "run")
 
 
 def test_rows_that_changed_since_are_refused(uninterrupted: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from craftor import checkpoint
+from craftor import checkpoint, cli
 from craftor.ledger import Audit, Ledger, LedgerError, audit, check, expanded, ranges
 from craftor.recipe import Recipe, load
 from craftor.stream import slots
@@ -80,7 +80,13 @@ def test_a_tampered_ledger_fails(recipe: Recipe, tamper: Callable[[str], str], m
         check(tamper(text), recipe, 4)
 
 
-def test_audit_reads_the_newest_checkpoint_and_its_hashes(recipe: Recipe, tiny_recipe: Path, tmp_path: Path) -> None:
+def test_audit_reads_the_newest_checkpoint_and_its_hashes(
+    recipe: Recipe,
+    tiny_recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "recipe.toml").write_text(tiny_recipe.read_text())
@@ -99,8 +105,11 @@ def test_audit_reads_the_newest_checkpoint_and_its_hashes(recipe: Recipe, tiny_r
     assert audit(run_dir).samples == 8
     path = folder / "trainer" / "ledger.jsonl"
     path.write_text(path.read_text().replace("[4,8]", "[4,9]"))
-    with pytest.raises(ValueError, match=r"ledger\.jsonl: missing or changed"):
-        audit(run_dir)
+    monkeypatch.setattr("sys.argv", ["craftor", "audit", str(run_dir)])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "ledger.jsonl: missing or changed" in said and said.count("\n") == 1
 
 
 @given(st.sets(st.integers(0, 60), min_size=1))

@@ -115,6 +115,15 @@ def test_a_cpu_is_timed(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.get_num_threads() == 1
 
 
+def test_rewards_on_actors_are_measured_here(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "SECONDS", 0.1)
+    recipe = load(tiny_recipe, {"task.rewards.pick.placement": "actors", "task.rewards.pick.replicas": 2})
+    work = count(recipe)
+    found = calibrate.predict(recipe, work)
+    shares = {name: seconds / sum(found.seconds.values()) for name, seconds in found.seconds.items()}
+    assert shares["rewards"] > work.flops["rewards"] / sum(work.flops.values())
+
+
 def test_other_tasks_are_refused(tiny_recipe: Path) -> None:
     other = load(tiny_recipe).model_copy(update={"task": Denoising.model_construct(kind="denoising")})
     with pytest.raises(RecipeError, match="this recipe's task is denoising"):

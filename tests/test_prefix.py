@@ -1,5 +1,6 @@
 """The prefix is data: computed in the worker, streamed by actors or read from a cache, it is the same bits."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import write_tiny_recipe
-from craftor import job, prefix_cache
+from craftor import job, prefix_cache, storage
 from craftor.inputs import fill_prefix_cache, prepare, prepared_earlier
 from craftor.prefix import LATENTS, PrefixActor
 from craftor.prompts import describe
@@ -107,6 +108,50 @@ def test_filling_goes_on_where_it_stopped(
     changed = [path.name for path in sorted(copy.glob("part-*")) if path.stat().st_mtime_ns != kept[path.name]]
     assert changed == [parts[1].name]
     assert all((copy / name).read_bytes() == (cache / name).read_bytes() for name in kept)
+
+
+def test_a_cache_grows_from_a_short_last_part(
+    tiny_recipe: Path, tmp_path: Path, prepared: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of 2 steps: 3 steps, then 5, then 4, which leaves the fifth."""
+    monkeypatch.setattr(prefix_cache, "SAMPLES_PER_PART", 8)
+    grown, steps = tmp_path / "grown", [pyarrow.parquet.read_table(path) for path in sorted(cache.glob("part-*"))]
+    grown.mkdir()
+    manifest = json.loads((cache / "prefix.json").read_text())
+    (grown / "prefix.json").write_text(json.dumps({**manifest, "steps_per_part": 2}))
+    short = grown / "part-000001.parquet"
+    pyarrow.parquet.write_table(pyarrow.concat_tables(steps[:2]), grown / "part-000000.parquet")
+    pyarrow.parquet.write_table(steps[2], short)
+    for num_steps in (5, 4):
+        longer = recipe(tiny_recipe, run__num_steps=num_steps)
+        assert fill_prefix_cache(longer, tiny_recipe, str(grown), num_actors=1) == 20
+        found = pyarrow.concat_tables(pyarrow.parquet.read_table(path) for path in sorted(grown.glob("part-*")))
+        assert found["index"].to_pylist() == [*range(20)]
+    assert found.slice(0, 12).equals(pyarrow.concat_tables(steps))
+
+    filled = recipe(tiny_recipe, task__prefix={"mode": "cache", "cache": str(grown)}, run__num_steps=5)
+    digest = describe(prepared / "rows").digest
+    assert prepared_earlier(filled, prepared, digest).num_rows == 20
+    pyarrow.parquet.write_table(steps[2], short)  # as a cache was left that grew before parts were counted
+    with pytest.raises(RecipeError, match="holds only some of the 20 samples needed"):
+        prepared_earlier(filled, prepared, digest)
+
+
+def test_actors_need_nothing_of_the_drivers_disk(
+    tiny_recipe: Path, tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows are moved to the cache instead of copied, and go when it is full."""
+    put, moved = storage.put, []
+
+    def move(source: Path, url: str) -> None:
+        put(source, url)
+        shutil.rmtree(source)
+        moved.append(url)
+
+    monkeypatch.setattr(storage, "put", move)
+    fill_prefix_cache(recipe(tiny_recipe), tiny_recipe, str(tmp_path / "cache"), num_actors=1)
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["part-000000.parquet", "prefix.json"]
+    assert len(moved) == 1
 
 
 @pytest.mark.parametrize(

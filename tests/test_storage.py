@@ -3,16 +3,20 @@
 import errno
 import json
 import random
+import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
 import pytest
+import torch
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
+from safetensors.torch import save_file
 
-from craftor import checkpoint, job, storage, storage_checks
-from craftor.recipe import load
+from craftor import checkpoint, job, saver, storage, storage_checks
+from craftor.commands import training
+from craftor.recipe import RecipeError, load
 from craftor.run_files import METRICS, notes
 from craftor.saver import CheckpointMissed, Saver
 from craftor.storage import StorageError
@@ -51,6 +55,28 @@ def test_a_checkpoint_is_whole_where_its_manifest_is(tmp_path: Path, empty_memor
     assert last is not None and checkpoint.step_of(last) == 4
     checkpoint.verify(last)
     assert empty_memory.cat_file(f"/home/run/{METRICS}") == b"{}\n"
+
+
+def test_a_checkpoint_whose_download_is_cut_off_is_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Saver(tmp_path, URL) as saver:
+        saver.save(4, fill(4))
+
+    def get_file(self: MemoryFileSystem, source: str, target: str) -> None:
+        if source.endswith("state.json"):
+            raise OSError(errno.EIO, "the store is away")
+        Path(target).write_bytes(self.cat_file(source))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "get_file", get_file)
+        with pytest.raises(OSError, match="away"):
+            storage.get_latest(URL, tmp_path / "elsewhere")
+    assert checkpoint.latest(tmp_path / "elsewhere") is None
+    storage.get_latest(URL, tmp_path / "elsewhere")
+    last = checkpoint.latest(tmp_path / "elsewhere")
+    assert last is not None
+    checkpoint.verify(last)
 
 
 def test_a_store_that_fails_a_third_of_all_calls_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,6 +121,37 @@ def test_a_missed_checkpoint_is_said_and_the_next_one_counts(tmp_path: Path, mon
     assert last is not None and checkpoint.step_of(last) == 12
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_full_disk_of_the_worker_costs_one_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """Whether it is full when the tensors are written or when files are made of them; the note does not fit either."""
+
+    def too_much(folder: Path) -> None:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+        try:
+            save_file({"weight": torch.zeros(1024)}, folder / "trainer" / "module.safetensors")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Saver(tmp_path, None) as held:
+        with monkeypatch.context() as patch:
+            patch.setattr(saver, "note", full)
+            folder = held.begin(4)
+            assert folder is not None
+            held.end(folder, 4, fill(4) if late else too_much, too_much if late else None)
+            held.wait()
+        assert held.missed is not None and "File too large" in held.missed
+        assert not any((tmp_path / "checkpoints").iterdir())
+        held.save(8, fill(8))
+    last = checkpoint.latest(tmp_path)
+    assert last is not None and checkpoint.step_of(last) == 8
+
+
 def test_what_a_full_folder_holds_stays_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def torn(self: LocalFileSystem, source: str, target: str) -> None:
         Path(target).write_text("the first ha")
@@ -118,6 +175,31 @@ def test_a_home_that_cannot_be_one_is_refused() -> None:
     fsspec.filesystem("memory").pipe_file("/home/run/recipe.toml", b"")
     with pytest.raises(StorageError, match=f"holds another run; .* craftor train --resume {URL}"):
         storage_checks.refuse_if_used(URL)
+
+
+@pytest.mark.parametrize("home", [None, "memory://home/another"])
+def test_a_folder_that_holds_another_run_is_not_resumed_into(
+    tiny_recipe: Path, tmp_path: Path, home: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def home_of(folder: Path, url: str | None) -> str:
+        folder.mkdir()
+        job.write_recipe(load(tiny_recipe, {"run.storage": url} if url else None), folder)
+        return (folder / "recipe.toml").read_text()
+
+    home_of(tmp_path / "prepared", URL)
+    storage.put_run(tmp_path / "prepared", URL)
+    monkeypatch.setattr(job, "resume", lambda folder, other, accept: job.Trained(folder, folder, None, 0.0))
+    occupied = home_of(tmp_path / "occupied", home)
+    with pytest.raises(RecipeError, match=f"holds something else than the run at {URL}; choose another folder with"):
+        training.train(resume=URL, out=tmp_path / "occupied")
+    assert (tmp_path / "occupied" / "recipe.toml").read_text() == occupied
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").touch()
+    with pytest.raises(RecipeError, match="holds something else"):
+        training.train(resume=URL, out=tmp_path / "notes")
+    for _ in range(2):  # an empty folder, then its own
+        training.train(resume=f"{URL}/", out=tmp_path / "new")
+    assert (tmp_path / "new" / "recipe.toml").is_file()
 
 
 @pytest.mark.ray

@@ -9,10 +9,10 @@ import psutil
 import torch
 
 from craftor.allocation import keep_freed_memory
-from craftor.estimate import Prediction, Work
+from craftor.estimate import Prediction, Work, count
 from craftor.flops import counting
 from craftor.memory import own_peak_memory
-from craftor.recipe import Recipe
+from craftor.recipe import Recipe, Tuning
 from craftor.stream import IDS, Rows
 from craftor.tasks import build
 
@@ -26,7 +26,10 @@ def predict(recipe: Recipe, work: Work) -> Prediction:
 
     A few samples' step is timed and its operations counted; a worker's share of a batch takes as many more as it has
     more samples. So with memory: the peak of that step, and what it had more than a step of half the samples.
+    Rewards on actors are computed in the step: their workers wait for them, and they share this machine.
     """
+    if (inline := rewards_inline(recipe)) != recipe:
+        recipe, work = inline, count(inline)
     torch.set_num_threads(recipe.workers.threads)
     task = build(recipe)
     keep_freed_memory()
@@ -66,6 +69,13 @@ def predict(recipe: Recipe, work: Work) -> Prediction:
         max(seconds, key=lambda name: seconds[name]),
         seconds,
     )
+
+
+def rewards_inline(recipe: Recipe) -> Recipe:
+    """The recipe without actors for its rewards."""
+    assert isinstance(recipe.task, Tuning)
+    rewards = {name: reward.model_copy(update={"placement": "inline"}) for name, reward in recipe.task.rewards.items()}
+    return recipe.model_copy(update={"task": recipe.task.model_copy(update={"rewards": rewards})})
 
 
 def sample_rows(ids: dict[str, torch.Tensor], recipe: Recipe) -> Rows:

@@ -19,6 +19,10 @@ from torch import Tensor, nn
 MANIFEST, WRITING = "manifest.json", ".writing-"
 
 
+class CheckpointError(ValueError):
+    """A checkpoint that is not what was written, or not of what trains; the message names the file or the weights."""
+
+
 def save(
     run_dir: Path,
     step: int,
@@ -93,11 +97,14 @@ def complete(folder: Path) -> Path:
 def restore(
     folder: Path, *, module: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor] | None
 ) -> int:
-    """Load weights, optimiser state and average in place; returns the number of steps done."""
+    """Load weights, optimiser state and average in place; returns the number of steps done.
+
+    Raises CheckpointError where a file has changed, or where the weights are not those that train.
+    """
     verify(folder)
     parameters, weights = trained(module), load_file(folder / "trainer" / "module.safetensors")
     if weights.keys() != parameters.keys():
-        raise ValueError(
+        raise CheckpointError(
             f"{folder}: its weights are not those that train: {sorted(weights.keys() ^ parameters.keys())}"
         )
     tensors = load_file(folder / "trainer" / "optimizer.safetensors")
@@ -141,11 +148,11 @@ def step_of(folder: Path) -> int:
 
 
 def verify(folder: Path) -> None:
-    """Raises ValueError naming the file whose sha256 is not that of the manifest."""
+    """Raises CheckpointError naming the file whose sha256 is not that of the manifest."""
     expected = json.loads((folder / MANIFEST).read_text())
     for name, digest in expected.items():
         if not (folder / name).is_file() or _sha256(folder / name) != digest:
-            raise ValueError(f"{folder / name}: missing or changed since the checkpoint was written")
+            raise CheckpointError(f"{folder / name}: missing or changed since the checkpoint was written")
 
 
 def digests(folder: Path) -> dict[str, str]:

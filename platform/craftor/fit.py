@@ -51,7 +51,7 @@ def fit(recipe: Recipe, run_dir: Path, rows: Path | str, num_rows: int, trial: d
             _raise_if_unfinished(recipe, run_dir, sigterm.came)
     if (run_dir / FAILURE).exists():
         raise TrainingStopped(json.loads((run_dir / FAILURE).read_text())["message"])
-    return _final_checkpoint(run_dir)
+    return _final_checkpoint(run_dir, url)
 
 
 def _raise_if_unfinished(recipe: Recipe, run_dir: Path, asked: bool) -> None:
@@ -101,16 +101,22 @@ def _train(
     ).fit()
 
 
-def _final_checkpoint(run_dir: Path) -> Path:
-    """The newest, but for what a guard has to say."""
+def _final_checkpoint(run_dir: Path, url: str | None) -> Path:
+    """The newest, but for what a guard has to say. `url` is `run.storage`."""
     for said in watch.read(run_dir):
         print(f"guard, step {said['step']}: {said['reason']} ({said['action']}); see {run_dir / str(said['pictures'])}")
     ended = watch.ended(run_dir)
     if ended is not None and ended["action"] == "stop":
+        homes = [str(run_dir)] if url is None else [url, str(run_dir)]  # resuming takes what the folder still has, too
         raise TrainingStopped(
             f"a guard stopped the run at step {ended['step']}: {ended['reason']}; its checkpoints stand. To train on, "
-            f"change [guards] in {run_dir / 'recipe.toml'}, remove {run_dir / watch.GUARD} and resume"
+            f"change [guards] in {homes[0]}/recipe.toml, remove {' and '.join(f'{h}/{watch.GUARD}' for h in homes)}, "
+            "and resume"
         )
+    if ended is not None and url is not None:
+        # The folder mirrors the newest one alone, which is most likely to be discarded.
+        storage.discard_after(url, ended["last_good_step"])
+        storage.get_latest(url, run_dir)
     final = checkpoint.latest(run_dir) if ended is None else watch.roll_back(run_dir, ended["last_good_step"])
     if final is None:
         assert ended is not None, "training ended without a checkpoint"

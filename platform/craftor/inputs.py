@@ -57,7 +57,7 @@ def fill_prefix_cache(recipe: Recipe, source: Path, url: str, num_actors: int) -
             prepared = rows_of(recipe, diffuser, Path(folder))
             made_from = prefix_cache.key(recipe, diffuser, prepared.digest)
             return prefix_cache.fill(recipe, prepared, made_from, url, num_actors)
-        except ValueError as error:
+        except (ValueError, ImportError, OSError) as error:  # no package for the URL's scheme; nobody may write there
             raise RecipeError(f"{source}: {error}") from None
 
 

@@ -6,12 +6,13 @@
 
 import json
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import tomli_w
 
-from craftor import checkpoint, inputs, preflight, registry, storage, storage_checks, tracking, validation
+from craftor import checkpoint, inputs, preflight, registry, storage, storage_checks, tracking, validation, watch
 from craftor.cluster import alive_nodes, await_workers, ray_session
 from craftor.console import follow
 from craftor.diffuser import load as load_diffuser
@@ -85,13 +86,15 @@ def resume(run_dir: Path, other: Recipe | None = None, accept: bool = False) -> 
         if (run_dir / "run.json").is_file():
             state = json.loads((run_dir / "run.json").read_text())
             prepared = inputs.prepared_earlier(recipe, run_dir, state["digest"])
-            tracker = tracking.Tracker(connected, state["mlflow_run_id"])
+            tracker = tracking.Tracker.again(connected, state["mlflow_run_id"])
+            if tracker is None:
+                print(f"MLflow at {connected.tracking_uri} does not know this run: it gets a new one there")
         else:  # killed before training began
-            prepared = inputs.prepare(recipe, run_dir)
+            prepared, state, tracker = inputs.prepare(recipe, run_dir), {"seconds": 0.0}, None
+        if tracker is None:
             tracker = tracking.Tracker.start(connected, recipe, prepared)
-            write_json(
-                run_dir / "run.json", {"mlflow_run_id": tracker.run_id, "digest": prepared.digest, "seconds": 0.0}
-            )
+            began = {"mlflow_run_id": tracker.run_id, "digest": prepared.digest, "seconds": state["seconds"]}
+            write_json(run_dir / "run.json", began)
         return _train(recipe, run_dir, prepared, tracker)
 
 
@@ -117,8 +120,8 @@ def _train(recipe: Recipe, run_dir: Path, prepared: Prepared, tracker: tracking.
         for said in notes(run_dir)[heard:]:
             print(f"note: {said}")
     except (TrainingStopped, Interrupted) as error:
-        tracker.flush()
-        tracker.finish("FAILED" if isinstance(error, TrainingStopped) else "KILLED")
+        with suppress(tracking.TrackingUnreachable), tracker.reachable():  # what ended the run is to be heard
+            tracker.finish("FAILED" if isinstance(error, TrainingStopped) else "KILLED")
         raise
     state = json.loads((run_dir / "run.json").read_text())
     state["seconds"] += time.monotonic() - started
@@ -137,20 +140,37 @@ def _check_cluster(recipe: Recipe, run_dir: Path) -> None:
     """Raises TooFewResources or StorageError; one node shares everything with itself."""
     await_workers(recipe.workers)
     if len(nodes := alive_nodes()) > 1:
-        storage_checks.check_shared(recipe.run.storage or str(run_dir), nodes)
+        storage_checks.check_shared(recipe.run.storage or str(run_dir.resolve()), nodes)
 
 
 def sync(run_dir: Path) -> Trained:
-    """Send what MLflow missed during an outage, and register the encoder if that is still due."""
+    """Send what MLflow missed during an outage and, of a run that has ended, register the encoder if that is due."""
     recipe = load_run(run_dir)
     state = json.loads((run_dir / "run.json").read_text())
     final = checkpoint.latest(run_dir)
     if final is None:
         raise RecipeError(f"{run_dir}: no complete checkpoint in it")
-    tracker = tracking.Tracker(tracking.client(run_dir.parent), state["mlflow_run_id"])
+    connected = tracking.client(run_dir.parent)
+    tracker = tracking.Tracker.again(connected, state["mlflow_run_id"])
+    if tracker is None:
+        raise RecipeError(
+            f"{run_dir}: MLflow at {connected.tracking_uri} does not know this run; set MLFLOW_TRACKING_URI to where "
+            f"it began, or let it begin there: craftor train --resume {run_dir}"
+        )
     _log_earlier_lines(run_dir, tracker)
+    if not _has_ended(recipe, run_dir, final):
+        with tracker.reachable():
+            return Trained(run_dir, final, None, state["seconds"])
     registered = _conclude(recipe, run_dir, final, tracker)
     return Trained(run_dir, final, registered, state["seconds"])
+
+
+def _has_ended(recipe: Recipe, run_dir: Path, final: Path) -> bool:
+    """By its last step, or by a guard that rolled it back; what a guard stopped may still go on."""
+    ended = watch.ended(run_dir)
+    if ended is not None:
+        return ended["action"] == "roll_back"
+    return checkpoint.step_of(final) == recipe.run.num_steps
 
 
 def _conclude(recipe: Recipe, run_dir: Path, final: Path, tracker: tracking.Tracker) -> dict[str, str] | None:

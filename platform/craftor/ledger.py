@@ -78,7 +78,10 @@ class Audit:
 
 
 def audit(run_dir: Path) -> Audit:
-    """Check the newest checkpoint's ledger against its own files and the run's recipe. Raises LedgerError."""
+    """Check the newest checkpoint's ledger against its own files and the run's recipe.
+
+    Raises LedgerError, and CheckpointError where one of the files has changed.
+    """
     folder = checkpoint.latest(run_dir)
     if folder is None:
         raise LedgerError(f"{run_dir}: no complete checkpoint to audit")

@@ -2,31 +2,29 @@
 
 `prefix.json` holds what the prefixes depend on; a recipe whose answer differs in anything is refused. Each
 `part-000000.parquet` holds the samples of some whole optimiser steps in order, and is renamed into place when complete,
-so filling goes on where it was interrupted.
+so filling goes on where it was interrupted. The last one is short, until a recipe of more steps has the cache grow.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import fsspec
-import numpy as np
-import pyarrow
-import pyarrow.parquet
 import ray.data
 import torch
 from rich.progress import track
 
+from craftor import prefix_parts, storage
 from craftor.diffuser import Diffuser
 from craftor.precision import NAMES
-from craftor.prefix import PrefixActor
+from craftor.prefix_parts import Fill
 from craftor.prompts import Prepared
 from craftor.recipe import Recipe, RewardTuning
-from craftor.stage import ReadShare, opened
-from craftor.stream import slots
 
-MANIFEST = "prefix.json"
+MANIFEST, ROWS = "prefix.json", ".filling"
 SAMPLES_PER_PART = 1024
 NOISE = (
     "num_train_timesteps",
@@ -83,93 +81,75 @@ def fill_several(
     samples_per_part: int,
 ) -> int:
     """The same for caches that reach different denoising steps, all in one pass over the samples."""
-    assert isinstance(recipe.task, RewardTuning)
     steps_per_part = max(1, samples_per_part // recipe.run.batch_size)
-    for stop, url in urls.items():
-        _write_manifest(recipe, made_from, url, stop, steps_per_part)
-    parts = range(-(-recipe.run.num_steps // steps_per_part))
-    missing = [part for part in parts if not all(_has_part(url, part) for url in urls.values())]
+    manifests = {url: _manifest(recipe, made_from, url, stop, steps_per_part) for stop, url in urls.items()}
+    # All that a longer recipe began is filled: parts beyond a shorter one's may be there already, behind a gap.
+    num_steps = max(manifest["num_steps"] for manifest in manifests.values())
+    recipe = recipe.with_values({"run.num_steps": num_steps})
+    assert isinstance(recipe.task, RewardTuning)
+    missing: set[int] = set()
+    for url, manifest in manifests.items():
+        manifest["num_steps"] = num_steps
+        _write_manifest(manifest, url)
+        missing.update(prefix_parts.missing(manifest, url))
     if missing:
-        done = (
-            ray.data.from_items([{"part": part} for part in missing], override_num_blocks=len(missing))
-            .map_batches(
-                Fill,
-                fn_constructor_args=(
-                    recipe.model_dump(by_alias=True),
-                    str(rows.folder),
-                    rows.num_rows,
-                    dict(urls),
-                    steps_per_part,
-                ),
-                compute=ray.data.ActorPoolStrategy(size=min(num_actors, len(missing))),
-                batch_size=1,
-                num_gpus=recipe.task.prefix.gpus_per_actor,
+        with _beside(next(iter(manifests)), rows) as folder:
+            done = (
+                ray.data.from_items([{"part": part} for part in sorted(missing)], override_num_blocks=len(missing))
+                .map_batches(
+                    Fill,
+                    fn_constructor_args=(
+                        recipe.model_dump(by_alias=True),
+                        folder,
+                        rows.num_rows,
+                        dict(urls),
+                        steps_per_part,
+                    ),
+                    compute=ray.data.ActorPoolStrategy(size=min(num_actors, len(missing))),
+                    batch_size=1,
+                    num_gpus=recipe.task.prefix.gpus_per_actor,
+                )
+                .iter_rows()
             )
-            .iter_rows()
-        )
-        for _ in track(done, description=f"prefixes, parts of {steps_per_part} steps", total=len(missing)):
-            pass
-    return recipe.run.num_steps * recipe.run.batch_size
+            for _ in track(done, description=f"prefixes, parts of {steps_per_part} steps", total=len(missing)):
+                pass
+    return num_steps * recipe.run.batch_size
 
 
-def _write_manifest(recipe: Recipe, made_from: dict[str, Any], url: str, stop: int, steps_per_part: int) -> None:
+def _manifest(recipe: Recipe, made_from: dict[str, Any], url: str, stop: int, steps_per_part: int) -> dict[str, Any]:
+    """Of a cache that serves the recipe and whatever it was begun for. Raises ValueError where they do not agree."""
+    run = recipe.run
+    manifest = {"key": made_from, "stop": stop, "steps_per_part": steps_per_part, "batch_size": run.batch_size}
+    filesystem, folder = fsspec.core.url_to_fs(url)
+    if not filesystem.exists(f"{folder}/{MANIFEST}"):
+        return {**manifest, "num_steps": run.num_steps}
+    found = read_manifest(url)
+    num_steps = found.pop("num_steps")
+    if found != manifest:
+        raise ValueError(f"{url}: holds prefixes made from something else: {differences(found, manifest)}")
+    return {**manifest, "num_steps": max(num_steps, run.num_steps)}
+
+
+def _write_manifest(manifest: dict[str, Any], url: str) -> None:
     filesystem, folder = fsspec.core.url_to_fs(url)
     filesystem.makedirs(folder, exist_ok=True)
-    manifest = {"key": made_from, "stop": stop, "steps_per_part": steps_per_part, "batch_size": recipe.run.batch_size}
-    if filesystem.exists(f"{folder}/{MANIFEST}"):
-        found = read_manifest(url)
-        if {**found, "num_steps": 0} != {**manifest, "num_steps": 0}:
-            raise ValueError(f"{url}: holds prefixes made from something else: {differences(found, manifest)}")
     with filesystem.open(f"{folder}/{MANIFEST}", "w") as file:
-        json.dump({**manifest, "num_steps": recipe.run.num_steps}, file, indent=2)
+        json.dump(manifest, file, indent=2)
 
 
-def _has_part(url: str, part: int) -> bool:
-    filesystem, folder = fsspec.core.url_to_fs(url)
-    return filesystem.exists(f"{folder}/{part_name(part)}")
-
-
-class Fill:
-    """An actor: a part's number -> its file in each cache, in batches of one worker's share."""
-
-    def __init__(
-        self, recipe: dict[str, Any], rows: str, num_rows: int, urls: dict[int, str], steps_per_part: int
-    ) -> None:
-        self.recipe = Recipe.model_validate(recipe)
-        self.prefix = PrefixActor(recipe)
-        self.rows, self.num_rows, self.urls, self.steps_per_part = rows, num_rows, urls, steps_per_part
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        (part,) = (int(p) for p in batch["part"])
-        run, num_workers = self.recipe.run, self.recipe.workers.most
-        reader = ReadShare(self.rows, self.num_rows, run.batch_size, 0, run.batch_size, 0)
-        columns: dict[int, list[dict[str, np.ndarray]]] = {stop: [] for stop in self.urls}
-        for step in range(part * self.steps_per_part, min((part + 1) * self.steps_per_part, run.num_steps)):
-            # Each share of a step is a batch of its own, as the workers will read it.
-            for rank in range(num_workers):
-                own = slots(run.batch_size, rank, num_workers)
-                first = step * run.batch_size
-                rows = opened(reader.read(range(first + own.start, first + own.stop)))
-                found = self.prefix.passing({**rows.columns, "position": np.array(rows.position)}, list(self.urls))
-                for stop, rows_there in found.items():
-                    columns[stop].append(rows_there)
-        for stop, url in self.urls.items():
-            _write_part(url, part, columns[stop])
-        return batch
-
-
-def _write_part(url: str, part: int, columns: list[dict[str, np.ndarray]]) -> None:
-    table = pyarrow.table({name: list(np.concatenate([c[name] for c in columns])) for name in columns[0]})
-    table = table.set_column(table.column_names.index("index"), "index", table["position"])
-    filesystem, folder = fsspec.core.url_to_fs(url)
-    temporary = f"{folder}/.writing-{part_name(part)}"
-    with filesystem.open(temporary, "wb") as file:
-        pyarrow.parquet.write_table(table.drop_columns(["position"]), file, row_group_size=256)
-    filesystem.mv(temporary, f"{folder}/{part_name(part)}")
-
-
-def part_name(part: int) -> str:
-    return f"part-{part:06d}.parquet"
+@contextmanager
+def _beside(url: str, rows: Prepared) -> Iterator[str]:
+    """The rows in a folder of the cache for the time of the block: all actors reach it, but not the driver's disk."""
+    assert isinstance(rows.folder, Path)
+    beside = f"{url.rstrip('/')}/{ROWS}"
+    filesystem, folder = fsspec.core.url_to_fs(beside)
+    if filesystem.exists(folder):  # an interrupted filling's
+        filesystem.rm(folder, recursive=True)
+    storage.put(rows.folder, beside)
+    try:
+        yield beside
+    finally:
+        filesystem.rm(folder, recursive=True)
 
 
 def read_manifest(url: str) -> dict[str, Any]:
@@ -197,8 +177,7 @@ def open_cache(recipe: Recipe, made_from: dict[str, Any]) -> Prepared:
         raise ValueError(
             f"task.prefix.cache = {url!r}: reaches denoising step {manifest['stop']}, but the window starts at {start}"
         )
-    parts = -(-manifest["num_steps"] // manifest["steps_per_part"])
-    whole = all(_has_part(url, part) for part in range(parts))
+    whole = not prefix_parts.missing(manifest, url)
     num_rows = manifest["num_steps"] * manifest["batch_size"]
     needed = recipe.run.num_steps * recipe.run.batch_size
     if not whole or num_rows < needed:

@@ -8,7 +8,10 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from craftor import checkpoint, storage
 from craftor.run_files import note
@@ -57,7 +60,7 @@ class Saver:
         """`write` fills the folder now; `later` adds what it makes of its files, while training goes on."""
         try:
             write(folder)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # the latter, which is no OSError, for a disk that is full
             self._miss(step, error)
             return
         self.pending = self.executor.submit(self._complete, folder, step, later)
@@ -102,7 +105,7 @@ class Saver:
                 for older in final.parent.glob("step-*"):  # the storage has them, and this disk may be small
                     if older != final:
                         shutil.rmtree(older)
-        except storage.failures() as error:
+        except storage.failures() + (SafetensorError,) as error:
             self._miss(step, error)
         else:
             self.missed = None
@@ -113,8 +116,15 @@ class Saver:
             try:
                 storage.put_small(self.run_dir, self.url)
             except storage.failures() as error:
-                note(self.run_dir, f"metrics are not at {self.url} yet: {error}")
+                self._note(f"metrics are not at {self.url} yet: {error}")
 
     def _miss(self, step: int, error: BaseException) -> None:
         self.missed = f"the checkpoint of step {step} could not be written to {self.url or self.run_dir}: {error}"
-        note(self.run_dir, self.missed)
+        # It may be what fills the disk, on which metrics are written too.
+        shutil.rmtree(checkpoint.unfinished(self.run_dir, step), ignore_errors=True)
+        self._note(self.missed)
+
+    def _note(self, message: str) -> None:
+        """Unless it is this disk that is full."""
+        with suppress(OSError):
+            note(self.run_dir, message)

@@ -115,7 +115,7 @@ def _load_whole(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 def _require(folder: Path, tensors: Mapping[str, Tensor], found: Mapping[str, object]) -> None:
     if missing := sorted(tensors.keys() - found.keys()):
-        raise ValueError(f"{folder}: its weights are not those that train: it lacks {missing}")
+        raise checkpoint.CheckpointError(f"{folder}: its weights are not those that train: it lacks {missing}")
 
 
 def consolidate(folder: Path, blank: nn.ModuleDict, *, averaged: bool) -> nn.ModuleDict:

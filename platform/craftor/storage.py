@@ -18,7 +18,7 @@ import fsspec
 import pyarrow.fs
 from fsspec.implementations.local import LocalFileSystem
 
-from craftor.checkpoint import MANIFEST
+from craftor.checkpoint import MANIFEST, folder_name
 from craftor.recipe import Recipe
 
 SMALL = ("recipe.toml", "run.json", "metrics.jsonl", "failure.json", "guard.json", "notes.jsonl")
@@ -119,9 +119,9 @@ def put_run(run_dir: Path, url: str) -> None:
 
 
 def get(url: str, folder: Path) -> None:
-    """Download a folder's files into a local one, each whole or not at all."""
+    """Download a folder's files into a local one, each whole or not at all, and its manifest last."""
     filesystem, source = open_url(url)
-    for path in retried(lambda: filesystem.find(source)):
+    for path in sorted(retried(lambda: filesystem.find(source)), key=lambda path: path.endswith(f"/{MANIFEST}")):
         get_file(filesystem, path, folder / path.removeprefix(source).lstrip("/"))
 
 
@@ -149,6 +149,14 @@ def get_latest(url: str, folder: Path) -> None:
         name = complete[-1].rsplit("/", 2)[1]
         if not (folder / "checkpoints" / name / MANIFEST).exists():
             get(f"{url}/checkpoints/{name}", folder / "checkpoints" / name)
+
+
+def discard_after(url: str, step: int) -> None:
+    """Take the manifests of later steps' checkpoints away, so that nobody goes on from them."""
+    filesystem, source = open_url(url)
+    for manifest in retried(lambda: filesystem.glob(f"{source}/checkpoints/step-*/{MANIFEST}")):
+        if manifest.rsplit("/", 2)[1] > folder_name(step):
+            retried(partial(filesystem.rm_file, manifest))
 
 
 def get_run(url: str, run_dir: Path) -> None:

@@ -55,6 +55,7 @@ def train(
             from craftor.storage import get_run
 
             folder = out or Path("runs") / resume.rstrip("/").rsplit("/", 1)[1]
+            _refuse_another_run(resume, folder)
             get_run(resume.rstrip("/"), folder)
         trained = go_on(folder, load(recipe, overridden(overrides)) if recipe else None, accept)
     else:
@@ -67,6 +68,17 @@ def train(
     print(trained.checkpoint)
     if trained.registered:
         print(f"registered in MLflow: models:/{trained.registered['name']}/{trained.registered['version']}")
+
+
+def _refuse_another_run(url: str, folder: Path) -> None:
+    """Raises RecipeError where a folder holds anything but the run whose home is `url`: its files would be replaced."""
+    from craftor.storage import open_url
+
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    home = load_run(folder).run.storage if (folder / "recipe.toml").is_file() else None
+    if home is None or open_url(home) != open_url(url):
+        raise RecipeError(f"{folder}: holds something else than the run at {url}; choose another folder with --out")
 
 
 @app.command()
@@ -90,7 +102,11 @@ def sync(run: Annotated[Path, typer.Argument(help="A run folder whose MLflow ser
     """Send metrics to MLflow that an outage held back, and register the encoder if that is still due."""
     from craftor.job import sync as send
 
-    print(send(run).registered)
+    sent = send(run)
+    if sent.registered is None:
+        print(f"metrics are sent; no encoder is registered of {run}: it has not ended, or its recipe registers none")
+    else:
+        print(f"registered in MLflow: models:/{sent.registered['name']}/{sent.registered['version']}")
 
 
 @app.command()
