@@ -100,8 +100,9 @@ def test_a_manifest_with_a_misspelt_field_or_a_wrong_type_is_refused() -> None:
 
 
 def test_clusters_want_a_token_scale_and_have_cheap_nodes() -> None:
-    cluster = read("raycluster.yaml")["spec"]
-    assert cluster["authOptions"] == read("rayjob.yaml")["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token"}
+    cluster, job, service = (read(f"{name}.yaml")["spec"] for name in ("raycluster", "rayjob", "rayservice"))
+    for spec in (cluster, job["rayClusterSpec"], service["rayClusterConfig"]):
+        assert spec["authOptions"] == {"mode": "token"}, "without, the image's `ray start` refuses to start"
     assert cluster["enableInTreeAutoscaling"]
     gpus = {
         group["groupName"]: int(

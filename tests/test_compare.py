@@ -40,7 +40,7 @@ def write_run(folder: Path, gain: float, **about: Any) -> Path:
         "seed": 0,
         "num_seeds": 2,
         "rollout": {"num_steps": 4},
-        "rewards": {"clip": {"evaluation_only": False}, "pick": {"evaluation_only": True}},
+        "trained": ["clip", "clip_paper", "total"],
     }
     evaluation = folder / "evaluation"
     evaluation_files.begin(evaluation, described | about)
@@ -51,7 +51,7 @@ def write_run(folder: Path, gain: float, **about: Any) -> Path:
             for seed in range(2):
                 base = generator.normal(5, 1, size=2)
                 for variant, change in (("base", np.zeros(2)), ("tuned", own.normal((gain, 0), 0.2))):
-                    colour = COLOURS["base" if variant == "base" else folder.name.rstrip("2")]
+                    colour = COLOURS["base" if variant == "base" else folder.name.rstrip("-2")]
                     clip, pick = base + change
                     images.append(
                         {"number": number, "prompt": HOSTILE, "seed": seed, "variant": variant}
@@ -82,6 +82,28 @@ def test_pairs_are_paired_and_corrected(runs: list[Path]) -> None:
     assert not any(pair["p_holm"] < 0.05 for pair in pick["pairs"])
     # Nine tests, of which three have the smallest p there is.
     assert sorted(pair["p_holm"] for pair in clip["pairs"])[0] == pytest.approx(9 / 10_001)
+
+
+def test_what_one_of_them_trained_on_is_no_evidence(tmp_path: Path) -> None:
+    """Even where it is no reward's name: an oracle's attributes, or a reward as the paper scored it."""
+    runs = [write_run(tmp_path / "good", 0.5, trained=["pick", "total"]), write_run(tmp_path / "bad", -0.3)]
+    assert {row["metric"]: row["held_out"] for row in compare(runs).metrics} == {
+        "clip": False,
+        "pick": False,
+        "diversity": True,
+    }
+
+
+def test_every_run_has_a_name_of_its_own(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / place / name, 0.5) for place, name in (("a", "good2"), ("a", "good"), ("b", "good"))]
+    assert list(compare(runs).runs) == ["good2", "good", "good-2"]
+    runs = [write_run(tmp_path / place / name, 0.5) for place, name in (("c", "good-2"), ("c", "good"), ("d", "good"))]
+    compared = compare(runs).runs
+    assert {name: run.folder.parent for name, run in compared.items()} == {
+        "good-2": runs[0],
+        "good": runs[1],
+        "good-3": runs[2],
+    }
 
 
 def test_rendering(runs: list[Path], tmp_path: Path) -> None:

@@ -92,6 +92,15 @@ def test_an_evaluation_computes_in_the_precision_asked_for(recipe: Recipe, tuned
     assert exact != rounded and exact == pytest.approx(rounded, abs=0.05)
 
 
+def test_the_total_is_what_was_trained(recipe: Recipe, tuned: list[Tuned]) -> None:
+    """Weights of scaled scores, as in the objective."""
+    data = recipe.model_dump(by_alias=True)
+    data["task"]["rewards"]["clip"] |= {"weight": 0.5, "scale": 100.0}
+    mixture = {"tuned": [{"folder": tuned[0].folder, "weight": 1.0, "steps": (2, 4)}]}
+    for image in Scorer(data, mixture, 0, num_strips=0).images(job.held_out_prompts(recipe.evaluation)[:2]):
+        assert image["total"] == pytest.approx(50 * image["clip"] + 0.5 * image["pick"], rel=1e-5)
+
+
 @pytest.mark.ray
 def test_interrupted_by_two_actors_and_finished_is_what_one_actor_makes(
     cluster: None, recipe: Recipe, tuned: list[Tuned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

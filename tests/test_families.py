@@ -153,6 +153,12 @@ def test_the_unet_trains_after_the_encoder(tiny: Path, tiny_recipe: Path, tmp_pa
         tuned = embed({"text_encoder": first.module["text_encoder"]}, first.diffuser.tokenize(PROMPTS)).embeds
     assert [torch.allclose(embeds, tuned, atol=1e-5) for embeds in seen] == [False, False, True, True]
     assert all(p.grad is not None for p in second.module["unet"].parameters())
+    # Whoever evaluates, validates or serves the checkpoint draws with both, as it was trained.
+    second.save(tmp_path / "second")
+    parts = trainable.load(second.diffuser, tmp_path / "second")
+    assert parts.keys() == {"text_encoder", "unet"}
+    for name, own in first.module["text_encoder"].state_dict().items():
+        torch.testing.assert_close(parts["text_encoder"].state_dict()[name], own, msg=name)
 
 
 def test_what_cannot_train_is_refused(tiny: Path, tiny_recipe: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Kernels and layouts that are chosen for speed: the same numbers, but for rounding."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 from craftor import precision
 from craftor.decode import decode
+from craftor.determinism import prefer_deterministic
 from craftor.diffuser import Diffuser, _is_faster_channels_last, load
 from craftor.precision import PRECISIONS
 from craftor.recipe import Model
@@ -22,6 +24,20 @@ def last(module: nn.Module) -> bool:
 
 def in_bf16(tiny: Path, **settings: bool) -> Diffuser:
     return load(Model(path=str(tiny / "pipeline"), precision="bf16", **settings))
+
+
+def test_a_gpu_without_a_deterministic_kernel_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resizing's backward pass has none on CUDA: an error would end every run there."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    found = []
+    try:
+        for device in ("cpu", "cuda"):
+            prefer_deterministic(torch.device(device))
+            enabled = torch.are_deterministic_algorithms_enabled()
+            found.append((enabled, torch.is_deterministic_algorithms_warn_only_enabled()))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert found == [(True, False), (True, True)] and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 def test_attention_in_bfloat16_takes_its_softmax_in_float32(tiny: Path) -> None:

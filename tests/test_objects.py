@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
+from PIL import Image
 
 from craftor import object_condition
 from craftor_micro.captions import vocabulary
@@ -13,7 +15,7 @@ from craftor_micro.identity import IdentityScorer
 from craftor_micro.identity_training import draw_identities
 from craftor_micro.object_pairs import CHUNK, UNSAID, EncodeObjects, alternating
 from craftor_micro.object_render import Rendered, cut_out, render_views
-from craftor_micro.object_stages import make_plain_cnn
+from craftor_micro.object_stages import draw_object, make_plain_cnn
 from craftor_micro.objects import (
     HELD_OUT_IDENTITIES,
     NUM_IDENTITIES,
@@ -166,3 +168,13 @@ def test_a_plain_classifier_learns_and_is_saved_as_an_image_encoder(tmp_path: Pa
 def test_patterns_are_even() -> None:
     assert alternating(8, 0.75).tolist() == [False, True, True, True] * 2
     assert all(window.sum() == 3 for window in alternating(240, 0.25).split(12))
+
+
+def test_a_picture_to_try_an_encoder_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw_object(tmp_path / "star.png", "star", 2)
+    assert "star.png: a " in capsys.readouterr().out
+    with Image.open(tmp_path / "star.png") as picture:
+        assert picture.mode == "RGBA" and picture.size == (64, 64)
+        assert picture.getchannel("A").getextrema() == (0, 255)
+    with pytest.raises(typer.BadParameter, match="'cube'; allowed: circle, square"):
+        draw_object(tmp_path / "cube.png", "cube", 2)

@@ -99,6 +99,34 @@ def test_a_unet_does_not_train_in_float16(tiny_recipe: Path) -> None:
         load(tiny_recipe, {"model.precision": "fp16", "task.train": {"unet": {}}})
 
 
+@pytest.mark.parametrize("kind", ["reward_weighted", "policy_gradient", "direct_tuning"])
+def test_only_what_scales_its_gradient_computes_in_float16(tiny_recipe: Path, kind: str) -> None:
+    data = load(tiny_recipe).model_dump(by_alias=True)
+    data["task"] = {"kind": kind, **{key: data["task"][key] for key in ("rollout", "rewards")}}
+    data["task"] |= {"window": {"first": 2}, "temperature": 1.0} if kind == "reward_weighted" else {}
+    data["model"]["precision"] = "bf16"
+    Recipe.model_validate(data)
+    data["model"]["precision"] = "fp16"
+    with pytest.raises(ValidationError, match=f'kind = "{kind}": its gradient would underflow'):
+        Recipe.model_validate(data)
+
+
+@pytest.mark.parametrize(("window", "stop"), [({"last": 2}, 4), ({"start": 1, "stop": 3}, 3), ({"first": 1}, 1)])
+def test_an_evaluation_uses_what_was_tuned(tiny_recipe: Path, window: dict, stop: int) -> None:
+    evaluation = {"prompts": "held_out.jsonl", "use_from": stop - 1}
+    load(tiny_recipe, {"task.window": window, "evaluation": evaluation})
+    with pytest.raises(RecipeError, match=f"use_from = {stop}: no denoising step.*allowed: 0 to {stop - 1}"):
+        load(tiny_recipe, {"task.window": window, "evaluation": evaluation | {"use_from": stop}})
+
+
+def test_an_adapter_of_a_tuned_encoder_is_refused(tiny_recipe: Path) -> None:
+    """It would be saved alone, and merged into the base's encoder by whoever loads it."""
+    tuned = {"model.text_encoder": "runs/encoder"}
+    load(tiny_recipe, {**tuned, "task.train": {"text_encoder": {}, "unet": {"method": "lora"}}})
+    with pytest.raises(RecipeError, match="an adapter of text_encoder would be read as one of the base's"):
+        load(tiny_recipe, {**tuned, "task.train": {"text_encoder": {"method": "lora"}}})
+
+
 def test_training_without_the_clip_term_is_refused(tiny_recipe: Path) -> None:
     text = tiny_recipe.read_text()
     tiny_recipe.write_text("\n".join(line for line in text.splitlines() if not line.startswith("clip =")))

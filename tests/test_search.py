@@ -24,10 +24,11 @@ from craftor.searching.outcome import NothingFound, front, require_front
 from craftor.searching.probe import EVALUATIONS
 from craftor.searching.settings import MEASURED, Distribution, Search
 from craftor.searching.study import Study, Tried
-from craftor.searching.tuning import message, scheduler, trial_folder
+from craftor.searching.tuning import ERROR, Asking, message, scheduler, trial_folder
 from craftor.verdict import ATTRIBUTES
 
 PROMPTS = ("a green star", "a small green ring", "a yellow star", "a large yellow ring")
+START_STOP = {"start": 0, "stop": 4}
 KEEP_DIVERSITY = {"metric": "diversity", "at_least": 0.5, "relative_to_base": True}
 
 
@@ -116,6 +117,28 @@ def test_a_space_is_checked_against_the_schema_before_any_trial(search_recipe: P
 def test_what_counts_is_checked_too(search_recipe: Path, key: str, value: object, wrong: str) -> None:
     with pytest.raises(RecipeError, match=wrong.replace("*", r"\*")):
         load(search_recipe, {key: value})
+
+
+def test_trials_have_no_home_in_common(search_recipe: Path) -> None:
+    with pytest.raises(RecipeError, match=r"search: run\.storage would be one home for all trials"):
+        load(search_recipe, {"run.storage": "s3://bucket/search"})
+
+
+def test_values_that_do_not_go_together_cost_one_trial(search_recipe: Path, tmp_path: Path) -> None:
+    """Each is within its range; the search goes on, and remembers."""
+    space = {"window.start": {"low": 0, "high": 1}, "window.stop": {"low": 1, "high": 4}}
+    changes = {"search.space": space, "search.num_trials": 40, "search.share_prefix": False, "task.window": START_STOP}
+    recipe = load(search_recipe, changes)
+    study = Study(tmp_path / "study.db", recipe.search, recipe.search_space, seed=0, num_trials=40)
+    prepare = lambda trial: {"num_steps": recipe.with_values(trial.values).run.num_steps}  # noqa: E731
+    asking = Asking(study, prepare, {}, tmp_path)
+    numbers = []
+    while (suggested := asking.suggest(f"trial {len(numbers)}")) != Asking.FINISHED:
+        numbers.append(suggested["number"])
+    failed = [trial for trial in study.trials() if trial.state == "failed"]
+    assert failed and len(numbers) + len(failed) == 40
+    assert all(trial.values["task.window.start"] >= trial.values["task.window.stop"] for trial in failed)
+    assert "start = 1 is not before stop = 1" in message((trial_folder(tmp_path, failed[0].number) / ERROR).read_text())
 
 
 def test_a_search_may_not_see_what_the_claim_is_made_by(search_recipe: Path) -> None:

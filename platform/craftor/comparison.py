@@ -4,9 +4,9 @@ All were made from the same prompts and noise, so every difference is paired. A 
 images got the same scores in every run: then it was the same scorer.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,8 @@ def compare(folders: Sequence[Path]) -> Comparison:
     runs: dict[str, Evaluated] = {}
     for folder in folders:
         name, evaluated = _find(folder)
-        taken = sum(other == name or other.startswith(f"{name}-") for other in (BASE, *runs))
-        runs[f"{name}-{taken + 1}" if taken else name] = evaluated
+        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        runs[next(free for free in names if free not in (BASE, *runs))] = evaluated
     (first, one), *others = runs.items()
     for name, other in others:
         there, here = ({key: found.about[key] for key in _SAME} for found in (one, other))
@@ -127,9 +127,9 @@ def _compared(metric: str, values: Mapping[str, np.ndarray], runs: Mapping[str, 
             **_without_means(paired(values[over], values[of])),
             "p": sign_flip(values[over], values[of]),
         }
-        for over, of in combinations(values, 2)
+        for over, of in itertools.combinations(values, 2)
     ]
-    trained = any(_trained(run, metric) for run in runs.values())
+    trained = any(metric in run.about["trained"] for run in runs.values())
     return {
         "metric": metric,
         "held_out": not trained,
@@ -140,11 +140,6 @@ def _compared(metric: str, values: Mapping[str, np.ndarray], runs: Mapping[str, 
 
 def _without_means(found: dict[str, Any]) -> dict[str, Any]:
     return {key: found[key] for key in ("delta", "ci95", "win_rate")}
-
-
-def _trained(run: Evaluated, metric: str) -> bool:
-    rewards = run.about["rewards"]
-    return metric == "total" or (metric in rewards and not rewards[metric]["evaluation_only"])
 
 
 def _values(run: Evaluated, metric: str) -> tuple[np.ndarray, np.ndarray] | None:

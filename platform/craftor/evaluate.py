@@ -14,14 +14,13 @@ from typing import Any
 import ray.data
 from rich.progress import track
 
-from craftor import evaluation_files, suites
+from craftor import evaluation_files, held_out, suites
 from craftor.baselines import methods
 from craftor.checkpoint import digests
 from craftor.diffuser import Diffuser, load
 from craftor.evaluation_actor import NUM_STRIPS, PAPER, Scorer, Tuned
 from craftor.evaluation_files import EvaluationError
 from craftor.evaluation_summary import breakdown, samples, summarise
-from craftor.locate import locate
 from craftor.prefix_cache import weights_digest
 from craftor.recipe import Evaluation, Recipe, Tuning
 from craftor_micro.referee import ATTRIBUTES
@@ -61,16 +60,10 @@ def used_steps(recipe: Recipe) -> tuple[int, int]:
 
 
 def held_out_prompts(evaluation: Evaluation, section: str = "evaluation") -> list[dict[str, Any]]:
-    """The first `num_prompts` lines of the held-out file. Raises ValueError where there are fewer."""
-    lines = Path(locate(evaluation.prompts)).read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines if line.strip()][: evaluation.num_prompts]
-    if len(rows) < evaluation.num_prompts:
-        raise EvaluationError(
-            f"{section}.num_prompts = {evaluation.num_prompts}: {evaluation.prompts} has {len(rows)} prompts"
-        )
+    """The first `num_prompts` of the held-out file. Raises HeldOutError where there are fewer."""
     return [
-        {"number": i, "index": i, "prompt": r["prompt"], "description": r.get("description")}
-        for i, r in enumerate(rows)
+        {"number": i, "index": i, "prompt": row["prompt"], "description": row.get("description")}
+        for i, row in enumerate(held_out.read(section, evaluation.prompts, evaluation.num_prompts))
     ]
 
 
@@ -157,9 +150,10 @@ def describe(
         "rollout": recipe.task.rollout.model_dump(),
         "evaluation": recipe.evaluation.model_dump(mode="json", exclude={"prompts"}),
         "rewards": {
-            name: {"kind": r.kind, "weights": r.weights, "weight": r.weight, "evaluation_only": r.evaluation_only}
+            name: r.model_dump(include={"kind", "weights", "options", "weight", "scale", "evaluation_only"})
             for name, r in recipe.task.rewards.items()
         },
+        "trained": sorted(trained_metrics(recipe.task)),
         "methods": {name: method.model_dump() for name, method in recipe.evaluation.methods.items()},
         "paper": asked.paper,
         "num_kept": asked.num_kept,
@@ -178,16 +172,20 @@ def _conclude(recipe: Recipe, out: Path, asked: Asked) -> dict[str, Any]:
             (out / image["image"]).write_bytes(png)
     with (out / "images.jsonl").open("w") as file:
         file.writelines(json.dumps(image) + "\n" for image in images)
-    trained = {name for name, reward in recipe.task.rewards.items() if not reward.evaluation_only} | {"total"}
-    trained |= {name + PAPER for name in trained}
-    trained |= {*ATTRIBUTES, "accuracy"} if recipe.task.oracle_trains else set()
     assert recipe.evaluation is not None
-    summary = summarise(images, trained, methods.known_to(recipe.evaluation.methods))
+    summary = summarise(images, trained_metrics(recipe.task), methods.known_to(recipe.evaluation.methods))
     if asked.suite:
         summary["categories"] = breakdown(images, suites.SUITES[asked.suite].columns)
     (out / "summary.json").write_text(json.dumps(summary, indent=2))
     (out / "samples.json").write_text(json.dumps(samples(images), indent=2))
     return summary
+
+
+def trained_metrics(task: Tuning) -> set[str]:
+    """What is no evidence of anything else: the trained rewards, and all that an oracle judges where one trains."""
+    trained = {*task.factors, "total"}
+    trained |= {name + PAPER for name in trained}
+    return trained | ({*ATTRIBUTES, "accuracy"} if task.oracle_trains else set())
 
 
 def _with(recipe: Recipe, asked: Asked) -> Recipe:

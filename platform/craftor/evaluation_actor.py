@@ -88,7 +88,7 @@ class Scorer:
             if isinstance(reward, nn.Module):
                 reward.to(device)
         self.clip = next(reward for reward in self.rewards.values() if isinstance(reward, ClipScore))
-        self.weights = {name: r.weight for name, r in task.rewards.items() if not r.evaluation_only}
+        self.weights = task.factors
         self.num_kept, self.paper, self.num_strips = num_kept, paper, num_strips
         loaded: dict[str, dict[str, nn.Module]] = {}
         self.variants: dict[str, Variant] = {}

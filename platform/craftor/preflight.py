@@ -8,9 +8,10 @@ from pathlib import Path
 
 import fsspec
 
+from craftor import held_out
 from craftor.locate import locate
 from craftor.object_settings import ShownObject
-from craftor.recipe import Data, DirectTuning, Evaluation, ObjectEncoder, Recipe, RecipeError, RewardTuning
+from craftor.recipe import Data, DirectTuning, ObjectEncoder, Recipe, RecipeError, RewardTuning
 
 _PROBE_BYTES = 1 << 20
 # Written out here so that a misspelt recipe is refused in a moment, without importing torch or Ray; tests hold these
@@ -42,9 +43,9 @@ def check(recipe: Recipe, source: Path) -> None:
         elif not list(Path(locate(recipe.data.path)).glob("*.parquet")):
             raise ValueError(f"data.path = {recipe.data.path!r}: no folder with Parquet files of image-caption pairs")
         if recipe.evaluation is not None:
-            check_held_out(recipe.evaluation)
+            held_out.read("evaluation", recipe.evaluation.prompts, recipe.evaluation.num_prompts)
         if recipe.validation is not None:
-            check_prompts("validation", Data(path=recipe.validation.prompts))
+            held_out.read("validation", recipe.validation.prompts, recipe.validation.num_prompts)
 
 
 def check_shown(shown: ShownObject) -> None:
@@ -132,14 +133,12 @@ def check_prompts(key: str, data: Data) -> None:
                 columns, empty = _probe(f"{key}.path = {data.path!r}", suffix, file.read(_PROBE_BYTES))
     except FileNotFoundError:
         raise ValueError(f"{key}.path = {data.path!r}: no such file") from None
+    except (OSError, ImportError) as error:  # away or forbidden; no package for its scheme
+        raise ValueError(f"{key}.path = {data.path!r}: {error}") from None
     if empty:
         raise ValueError(f"{key}.path = {data.path!r}: holds no prompt")
     if suffix != ".txt" and data.column not in columns:
         raise ValueError(f"{key}.column = {data.column!r}: not in {data.path}; columns there: {', '.join(columns)}")
-
-
-def check_held_out(evaluation: Evaluation) -> None:
-    check_prompts("evaluation", Data(path=evaluation.prompts))
 
 
 def _probe(where: str, suffix: str, head: bytes) -> tuple[list[str], bool]:

@@ -14,7 +14,7 @@ from craftor.evaluate import Asked, Tuned, evaluate, used_steps
 from craftor.job import Trained, train
 from craftor.locate import shipped_recipe
 from craftor.memory import peak_memory
-from craftor.recipe import RecipeError, Tuning, load, load_run
+from craftor.recipe import Evaluation, Recipe, RecipeError, Tuning, load, load_run
 from craftor.report import write_report
 from craftor.run_files import write_json
 from craftor.tracking import Tracker, client
@@ -37,17 +37,29 @@ def evaluate_runs(runs: Sequence[Path], out: Path, num_actors: int, asked: Asked
     tuned, first = [], None
     for run in runs:
         recipe = load_run(run)
-        first = first or recipe
         assert isinstance(recipe.task, Tuning)
         if recipe.evaluation is None:
-            raise RecipeError(f"{run / 'recipe.toml'}: has no [evaluation] section")
+            recipe = _with_default_evaluation(recipe, run, asked)
+            assert recipe.evaluation is not None
         last = checkpoint.latest(run)
         if last is None:
             raise RecipeError(f"{run}: no complete checkpoint to evaluate")
+        first = first or recipe
         tuned.append(Tuned(str(last.resolve()), recipe.evaluation.weight, used_steps(recipe)))
     assert first is not None
     with ray_session(num_actors):
         return evaluate(first, tuned, out, num_actors, asked)
+
+
+def _with_default_evaluation(recipe: Recipe, run: Path, asked: Asked | None) -> Recipe:
+    """For a recipe that named no held-out prompts, where the command does."""
+    prompts = asked and (asked.prompts or asked.suite)
+    if not prompts:
+        raise RecipeError(
+            f"{run / 'recipe.toml'}: has no [evaluation] section, which names held-out prompts; name them here, by "
+            "--prompts FILE.jsonl or --suite NAME"
+        )
+    return recipe.model_copy(update={"evaluation": Evaluation(prompts=prompts)})
 
 
 def finish(out: Path, trained: Trained, summary: dict[str, Any], peak_gib: float, command: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from craftor.baselines.settings import BestOf
+from craftor.evaluation_checks import check_evaluation, check_validation
 from craftor.explain import RecipeError, explain
 from craftor.guards import Guards
 from craftor.object_settings import ObjectEncoder
@@ -92,10 +92,18 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _tuned_encoder_has_a_window(self) -> "Recipe":
-        if self.model.text_encoder is not None and not isinstance(self.task, RewardTuning):
+        if self.model.text_encoder is None:
+            return self
+        if not isinstance(self.task, RewardTuning):
             raise ValueError(
                 f"model.text_encoder = {self.model.text_encoder!r}: it conditions a window, and task.kind = "
                 f'"{self.task.kind}" has none; allowed: reward_tuning, policy_gradient, reward_weighted'
+            )
+        train = self.task.train
+        if adapted := [name for name in train.encoders if train.parts[name].method == "lora"]:
+            raise ValueError(
+                f"model.text_encoder = {self.model.text_encoder!r}: an adapter of {adapted[0]} would be read as one of "
+                f"the base's, what it adapts is not saved with it; allowed: method = 'full'"
             )
         return self
 
@@ -108,6 +116,11 @@ class Recipe(Section):
             trains_unet = isinstance(task, Denoising) or task.train.unet is not None
         if self.model.precision == "fp16" and trains_unet:
             raise ValueError('model.precision = "fp16": the gradient of UNet weights underflows; allowed: bf16, fp32')
+        if self.model.precision == "fp16" and task.kind != "reward_tuning":
+            raise ValueError(
+                f'model.precision = "fp16" and task.kind = "{task.kind}": its gradient would underflow, for only '
+                "reward_tuning scales it; allowed: bf16, fp32"
+            )
         return self
 
     @model_validator(mode="after")
@@ -143,36 +156,11 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _methods_choose_by_rewards(self) -> "Recipe":
-        methods = self.evaluation.methods if self.evaluation else {}
-        known = tuple(self.task.rewards) if isinstance(self.task, Tuning) else ()
-        for name, method in methods.items():
-            if isinstance(method, BestOf) and method.by not in known:
-                raise ValueError(f"evaluation.methods.{name}.by = {method.by!r}; allowed: {', '.join(known)}")
-        return self
-
-    @model_validator(mode="after")
-    def _checkpoints_can_be_validated(self) -> "Recipe":
-        if self.validation is None:
-            return self
-        if not isinstance(self.task, Tuning):
-            raise ValueError(f'validation: scores what is tuned by reward; this task is "{self.task.kind}"')
-        if not any(reward.kind == "clip_score" for reward in self.task.rewards.values()):
-            raise ValueError("validation: as evaluation, it needs a clip_score in task.rewards, and there is none")
-        if not self.workers.least:
-            raise ValueError("validation: workers.num = 0, and nothing runs beside it; allowed: 1 or more")
-        if self.search is not None:
-            raise ValueError("validation: a search judges its trials itself; leave [validation] out")
-        return self
-
-    @model_validator(mode="after")
-    def _diversity_is_measured(self) -> "Recipe":
-        rewards = self.task.rewards.values() if isinstance(self.task, Tuning) else ()
-        if self.evaluation is not None and rewards and not any(reward.kind == "clip_score" for reward in rewards):
-            raise ValueError(
-                "evaluation: the diversity of images is measured by a clip_score, and task.rewards has none; add one, "
-                "with evaluation_only = true if it is not to train"
-            )
+    def _tuned_images_can_be_judged(self) -> "Recipe":
+        if self.evaluation is not None:
+            check_evaluation(self.evaluation, self.task)
+        if self.validation is not None:
+            check_validation(self.task, self.workers, searches=self.search is not None)
         return self
 
     @model_validator(mode="after")
@@ -197,6 +185,8 @@ class Recipe(Section):
             raise ValueError(f'search: task.kind = "{self.task.kind}"; allowed: reward_tuning')
         if not self.workers.num:
             raise ValueError("search: workers.num = 0, but trials run beside each other; allowed: 1 or more")
+        if self.run.storage is not None:
+            raise ValueError("search: run.storage would be one home for all trials; leave it out, and share --out")
         known = (*self.task.rewards, *MEASURED)
         if unknown := [metric for metric in self.search.metrics if metric not in known]:
             why = "; total weighs the rewards differently in every trial" if unknown[0] == "total" else ""

@@ -82,7 +82,7 @@ def describe(recipe: Recipe, diffuser: Diffuser) -> dict[str, Any]:
     if isinstance(recipe.task, ObjectEncoder):
         return _describe_object_encoder(recipe, recipe.task, diffuser)
     assert isinstance(recipe.task, Tuning)
-    told = {name: {"kind": r.kind, "weight": r.weight} for name, r in recipe.task.rewards.items() if r.weight}
+    told = {name: {"kind": r.kind, "weight": r.factor} for name, r in recipe.task.rewards.items() if r.weight}
     if isinstance(recipe.task, RewardTuning) and recipe.task.identity is not None:
         told[IDENTITY] = {"kind": IDENTITY, "weight": recipe.task.identity.weight}
     steps = recipe.task.acts()

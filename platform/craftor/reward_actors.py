@@ -21,6 +21,7 @@ from ray.runtime_env import RuntimeEnv
 from torch import Tensor, nn
 
 from craftor.allocation import keep_freed_memory
+from craftor.determinism import prefer_deterministic
 from craftor.locate import locate
 from craftor.reward_settings import Reward as RewardSettings
 from craftor_rewards import build
@@ -44,8 +45,7 @@ class RewardActor:
     ) -> None:
         self.device = torch.device("cuda" if num_gpus else "cpu")
         torch.set_num_threads(max(1, int(num_cpus)))
-        # Resizing has no deterministic backward on CUDA.
-        torch.use_deterministic_algorithms(self.device.type == "cpu")
+        prefer_deterministic(self.device)
         self.reward = build(kind, locate(weights), **(options or {}))
         if isinstance(self.reward, nn.Module):
             self.reward.to(self.device)

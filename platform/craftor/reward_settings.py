@@ -67,6 +67,11 @@ class Reward(Section):
         return self.weight * self.scale
 
     @property
+    def computed_by(self) -> tuple[str, str, dict[str, Any]]:
+        """All that decides a score."""
+        return self.kind, self.weights, self.options
+
+    @property
     def in_training(self) -> bool:
         """Whether it scores training images, to train or to watch."""
         return not self.evaluation_only or self.every is not None

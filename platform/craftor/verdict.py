@@ -11,7 +11,7 @@ def kind(name: str, row: dict) -> str:
     """`judge`: never trained on; `detail`: a part of accuracy; `trained`: what the optimiser was asked for."""
     if name in ATTRIBUTES:
         return "detail"
-    return "judge" if name in _MEASURED or row["held_out"] else "trained"
+    return "judge" if row["held_out"] else "trained"
 
 
 def ordered(metrics: dict[str, dict]) -> dict[str, dict]:

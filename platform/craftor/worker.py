@@ -35,6 +35,7 @@ from craftor import (
 )
 from craftor.allocation import keep_freed_memory
 from craftor.collective import agreed, average_gradients, first_says, gather
+from craftor.determinism import prefer_deterministic
 from craftor.interruption import Next
 from craftor.precision import NAMES, multiplies_bf16
 from craftor.recipe import Recipe, Reward, RewardTuning, Tuning
@@ -96,12 +97,12 @@ def _steps(config: dict[str, Any], run_dir: Path) -> None:
     settings = recipe.optimizer
     torch.set_num_threads(recipe.workers.threads)
     torch.manual_seed(recipe.seed)
-    torch.use_deterministic_algorithms(True)
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
 
     elsewhere = reward_actors.connect(rewards_of(recipe), config["reward_scope"], rank)
     device = get_device() if recipe.workers.gpu else torch.device("cpu")
+    prefer_deterministic(device)
     task = build(recipe, device, elsewhere)
     task.assert_frozen()
     check_precision(task.diffuser.precision, device, run_dir, rank, world_size)

@@ -4,15 +4,20 @@ import json
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
+from PIL import Image
 
 from craftor_micro.identity import IdentityScorer
 from craftor_micro.identity_training import render_object_pool, score_identity_scorer, train_identity_scorer
 from craftor_micro.object_pairs import write_object_pairs
+from craftor_micro.object_render import render_views
+from craftor_micro.objects import PATTERNS, identities, sample_views
 from craftor_micro.plain_cnn import PlainCnn
 from craftor_micro.pool import render_pool
 from craftor_micro.referee_training import train_referee
 from craftor_micro.stages import PARTS, WEIGHTS, Out, Renders, Seed, Steps, begin, finish
+from craftor_micro.world import COLOURS, SHAPES
 
 app = typer.Typer()
 
@@ -68,3 +73,22 @@ def make_object_pairs(
         described=described,
         num_workers=workers,
     )
+
+
+@app.command("object")
+def draw_object(
+    out: Annotated[Path, typer.Option(help="A PNG, transparent around the object.")] = Path("object.png"),
+    shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "ring",
+    seed: Seed = 1,
+) -> None:
+    """A picture of an object that no encoder was trained on, to put into new images."""
+    if shape not in SHAPES:
+        raise typer.BadParameter(f"{shape!r}; allowed: {', '.join(SHAPES)}")
+    views = sample_views(identities(held_out=True), seed)
+    (number, *_) = (views.scenes.shape[:, 0] == SHAPES.index(shape)).nonzero().flatten().tolist()
+    view = views[number : number + 1]
+    images, masks = render_views(view, seed)
+    pixels = (torch.cat([images, masks], dim=1)[0] * 255).round().byte().permute(1, 2, 0)
+    Image.fromarray(pixels.numpy(), "RGBA").save(out)
+    _, colour, second, pattern = (int(value) for value in next(iter(zip(*view.attributes().values(), strict=True))))
+    print(f"{out}: a {tuple(COLOURS)[colour]} {shape}, {PATTERNS[pattern]} in {tuple(COLOURS)[second]}")

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from craftor import seeds, trainable
 from craftor.claims.effects import Verdict
@@ -16,6 +15,7 @@ from craftor.denoise import Prompt, State
 from craftor.diffuser import Diffuser, load
 from craftor.embed import embed
 from craftor.evaluation_actor import Tuned
+from craftor.flops import counting
 from craftor.mixture import Member, sample_mixture
 from craftor.recipe import Recipe, Tuning
 
@@ -36,9 +36,9 @@ def measure(recipe: Recipe, tuned: Tuned) -> list[dict[str, Any]]:
     def generate(encoders: dict[str, nn.Module] | None) -> None:
         images(diffuser, recipe, encoders, tuned.steps)
 
-    with FlopCounterMode(display=False) as plain:
+    with counting() as plain:
         generate(None)
-    with FlopCounterMode(display=False) as mixed:
+    with counting() as mixed:
         generate(own)
     work = mixed.get_total_flops() / plain.get_total_flops() - 1
     ratios = []

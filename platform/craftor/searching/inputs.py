@@ -11,14 +11,13 @@ from typing import Any
 import ray
 from pydantic import ValidationError
 
-from craftor import inputs, preflight, prompts
+from craftor import held_out, inputs, preflight, prompts
 from craftor.diffuser import Diffuser
 from craftor.diffuser import load as load_diffuser
 from craftor.explain import explain
-from craftor.locate import locate
 from craftor.prefix_cache import SAMPLES_PER_PART, fill_several, key
 from craftor.prompts import Prepared
-from craftor.recipe import Data, Recipe, RecipeError, RewardTuning
+from craftor.recipe import Recipe, RecipeError, RewardTuning
 from craftor.run_files import write_json
 from craftor.searching.judge import BASE, judge_base, search_prompts
 from craftor.searching.settings import MEASURED, Value
@@ -63,14 +62,12 @@ def check(recipe: Recipe, source: Path) -> None:
     if search is None:
         raise RecipeError(f"{source}: has no [search] section")
     try:
-        preflight.check_prompts("search", Data(path=search.prompts))
         rows = search_prompts(search)
         read = [metric for metric in search.metrics if metric in MEASURED and metric != "diversity"]
         if read and not all(row.get("description") for row in rows):
             raise ValueError(f"search: {read[0]} is read against descriptions, which {search.prompts} lacks")
         if recipe.evaluation is not None:
-            held_out = Path(locate(recipe.evaluation.prompts)).read_text(encoding="utf-8").splitlines()
-            kept = {json.loads(line)["prompt"] for line in held_out if line.strip()}
+            kept = {row["prompt"] for row in held_out.read("evaluation", recipe.evaluation.prompts)}
             if both := [row["prompt"] for row in rows if row["prompt"] in kept]:
                 raise ValueError(f"search.prompts: {len(both)} of them are held out in [evaluation]: {both[0]!r}")
         if search.share_prefix:

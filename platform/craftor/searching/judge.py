@@ -5,7 +5,6 @@ file, made once for all trials, and a judged image begins where its first encode
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from craftor import seeds
+from craftor import held_out, seeds
 from craftor.allocation import keep_freed_memory
 from craftor.decode import decode
 from craftor.denoise import Prompt, State
@@ -39,12 +38,8 @@ Scores = dict[str, np.ndarray]
 
 
 def search_prompts(search: Search) -> list[dict[str, Any]]:
-    """The first `num_prompts` lines of the search's file. Raises ValueError where there are fewer."""
-    lines = Path(locate(search.prompts)).read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines if line.strip()][: search.num_prompts]
-    if len(rows) < search.num_prompts:
-        raise ValueError(f"search.num_prompts = {search.num_prompts}: {search.prompts} has {len(rows)} prompts")
-    return rows
+    """The first `num_prompts` of the search's file. Raises HeldOutError where there are fewer."""
+    return held_out.read("search", search.prompts, search.num_prompts)
 
 
 def judge_base(recipe: dict[str, Any], folder: str, earliest: int) -> None:
@@ -82,7 +77,8 @@ class Judge:
         # Judged as evaluation does, whatever the precision of training.
         self.guided = dataclasses.replace(diffuser.guided(recipe.task.rollout), precision=torch.float32)
         self.rewards = {
-            name: (rewards or {}).get(name) or _on(build_reward(r.kind, locate(r.weights)), diffuser.device)
+            name: (rewards or {}).get(name)
+            or _on(build_reward(r.kind, locate(r.weights), **r.options), diffuser.device)
             for name, r in recipe.task.rewards.items()
         }
         self.clip = next(reward for reward in self.rewards.values() if isinstance(reward, ClipScore))

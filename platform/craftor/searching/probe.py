@@ -66,7 +66,7 @@ def _same(task: RewardTuningTask, recipe: Recipe, common: Recipe) -> dict[str, A
     return {
         name: reward
         for name, reward in task.scoring.built.items()
-        if name in theirs and (mine[name].kind, mine[name].weights) == (theirs[name].kind, theirs[name].weights)
+        if name in theirs and mine[name].computed_by == theirs[name].computed_by
     }
 
 

@@ -12,11 +12,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from pydantic import ValidationError
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from craftor.explain import explain
+from craftor.recipe import Recipe
 from craftor.searching.probe import SCORE, read, release
 from craftor.searching.settings import Search
 from craftor.searching.study import Study, Tried
@@ -53,7 +56,7 @@ def tuned(
     ended = [trial for trial in study.trials() if trial.state != "running"]
     if len(ended) >= study.num_trials:
         return
-    asking = Asking(study, prepare, base)
+    asking = Asking(study, prepare, base, folder)
     with table.shown():
         tune.Tuner(
             trainable,
@@ -104,21 +107,33 @@ def trial_folder(folder: Path, number: int) -> Path:
 class Asking(Searcher):
     """Tune's side of a study: unfinished trials first, with the values and folders they had, then new ones."""
 
-    def __init__(self, study: Study, prepare: Callable[[Tried], dict[str, Any]], base: dict[str, float]) -> None:
+    def __init__(
+        self, study: Study, prepare: Callable[[Tried], dict[str, Any]], base: dict[str, float], folder: Path
+    ) -> None:
         super().__init__(metric=SCORE, mode="max")
-        self.study, self.prepare, self.base = study, prepare, base
+        self.study, self.prepare, self.base, self.folder = study, prepare, base, folder
         self.unfinished = study.running()
         self.numbers: dict[str, int] = {}
         self.num_steps: dict[int, int] = {}
         self.seen: dict[int, dict[str, float]] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        if not self.unfinished and self.study.exhausted:
-            return Searcher.FINISHED
-        trial = self.unfinished.pop(0) if self.unfinished else self.study.ask()
-        config = self.prepare(trial)
-        self.numbers[trial_id], self.num_steps[trial.number] = trial.number, config["num_steps"]
-        return {"number": trial.number, **config}
+        while self.unfinished or not self.study.exhausted:
+            trial = self.unfinished.pop(0) if self.unfinished else self.study.ask()
+            try:
+                config = self.prepare(trial)
+            except ValidationError as error:  # values that are allowed one by one, and not together
+                self._refuse(trial, error)
+                continue
+            self.numbers[trial_id], self.num_steps[trial.number] = trial.number, config["num_steps"]
+            return {"number": trial.number, **config}
+        return Searcher.FINISHED
+
+    def _refuse(self, trial: Tried, error: ValidationError) -> None:
+        where = trial_folder(self.folder, trial.number)
+        where.mkdir(parents=True, exist_ok=True)
+        (where / ERROR).write_text(explain(error.errors()[0], Recipe))
+        self.study.fail(trial.number)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Not called with the result at which the scheduler stops a trial: that comes with `on_trial_complete`."""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ class RewardTuningTask:
         before = trainable.load(self.diffuser, Path(recipe.model.text_encoder)) if recipe.model.text_encoder else {}
         self.module = trainable.make(self.diffuser, self.settings.train.parts, recipe.seed, before)
         self.rates: Mapping[str, float | None] = {name: part.lr for name, part in self.settings.train.parts.items()}
+        self.before = {name: part for name, part in before.items() if name not in self.module}
         # Steps inside the window see what trains, beside what was tuned before, beside the base's own.
         known = {**self.diffuser.encoders, **before, **dict(self.module.items())}
         self.tuned = {name: known[name] for name in self.diffuser.encoders}
@@ -75,6 +76,9 @@ class RewardTuningTask:
 
     def save(self, folder: Path, module: nn.ModuleDict | None = None) -> None:
         trainable.save(module or self.module, self.settings.train.parts, folder)
+        for name, part in self.before.items():  # what trains was made for them: whoever loads the folder has both
+            tuned_before: Any = part
+            tuned_before.save_pretrained(folder / name, safe_serialization=True)
 
     def assert_frozen(self) -> None:
         for name, part in {**self.diffuser.encoders, "unet": self.diffuser.unet, "vae": self.diffuser.vae}.items():
