@@ -194,6 +194,10 @@ def test_general_pictures_are_asked_for(tmp_path: Path) -> None:
     _describe(_settings(_folder(tmp_path / "photos", (1,))), tmp_path / "out")
     with pytest.raises(ValueError, match="no --general has no Parquet of image and caption"):
         pairing.pair(tmp_path / "out", None, tmp_path / "rows", made)
+    for described, general in ((tmp_path / "out" / "cats", None), (tmp_path / "cats", tmp_path / "out")):
+        with pytest.raises(ValueError, match="what is in it goes"):
+            pairing.pair(described, general, tmp_path / "out", made)
+    assert list((tmp_path / "out").iterdir()), "nothing has gone"
 
 
 def test_targets_are_cropped_around_the_object_and_references_not_at_all() -> None:

@@ -97,6 +97,12 @@ def test_transparency_is_kept_apart(mode: str) -> None:
         assert torch.equal(found.alpha[0, 0], torch.tensor([0.0, 0, 1, 1]))
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_a_channel_that_is_opaque_everywhere_is_no_transparency(mode: str) -> None:
+    """Many programs write one: as an object's mask it would be the whole picture."""
+    assert picture(_file(Image.new("RGBA", (4, 4), (255, 0, 0, 255)).convert(mode))).alpha is None
+
+
 def test_sixteen_bits_are_refused_rather_than_clipped() -> None:
     with pytest.raises(UploadRefused, match="8 bits a channel"):
         picture(_file(Image.new("I;16", (4, 4), 40_000)))

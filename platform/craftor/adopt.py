@@ -4,7 +4,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from craftor import checkpoint, prompts, registry
@@ -30,7 +29,7 @@ def adopt(connected: MlflowClient, run_dir: Path, name: str | None, aliases: Seq
         lineage = {"run_id": state["mlflow_run_id"], "dataset_sha256": state["digest"]}
         registry.write_bundle(recipe, load_diffuser(recipe.model), last, bundle, lineage)
     registry.verify_bundle(bundle)
-    tracker = _known(connected, state["mlflow_run_id"]) or _enter(connected, recipe, run_dir, state)
+    tracker = Tracker.again(connected, state["mlflow_run_id"]) or _enter(connected, recipe, run_dir, state)
     name = name or (recipe.register_as.name if recipe.register_as else recipe.name)
     model, registered = registry.add(connected, bundle, name, aliases, tracker.run_id)
     tracker.output(model, checkpoint.step_of(last))
@@ -42,20 +41,10 @@ def adopt(connected: MlflowClient, run_dir: Path, name: str | None, aliases: Seq
     return registered
 
 
-def _known(connected: MlflowClient, run_id: str) -> Tracker | None:
-    try:
-        connected.get_run(run_id)
-    except MlflowException as error:
-        # A server that guards its runs does not even say which ones there are.
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED"):
-            return None
-        raise
-    return Tracker(connected, run_id)
-
-
 def _enter(connected: MlflowClient, recipe: Recipe, run_dir: Path, state: dict) -> Tracker:
     rows = run_dir / "rows" if isinstance(recipe.task, RewardTuning) else Path(recipe.data.path)
-    tracker = Tracker.start(connected, recipe, prompts.describe(rows))
+    here = prompts.describe(rows)  # a data set elsewhere may not be, or be another
+    tracker = Tracker.start(connected, recipe, here if here.digest == state["digest"] else None)
     connected.set_tag(tracker.run_id, "craftor.original_run", state["mlflow_run_id"])
     for line in (run_dir / METRICS).read_text().splitlines():
         tracker.log(json.loads(line))

@@ -30,13 +30,18 @@ def save_sheets(folder: Path, columns: Sequence[str], strips: Sequence[Strip]) -
     return paths
 
 
+def shortened(name: str, length: int = 24) -> str:
+    """Both ends of it: names of runs often differ in the last."""
+    return name if len(name) <= length else f"{name[: length // 2]}…{name[1 - length // 2 :]}"
+
+
 def _sheet(columns: Sequence[str], strips: Sequence[Strip]) -> Image.Image:
     width = _GAP + len(columns) * (_SIDE + _GAP)
     sheet = Image.new("RGB", (width, _TOP + len(strips) * (_CAPTION + _SIDE + _GAP)), "white")
     draw, head, body = ImageDraw.Draw(sheet), ImageFont.load_default(16), ImageFont.load_default(13)
     for column, name in enumerate(columns):
         left = _GAP + column * (_SIDE + _GAP)
-        draw.text((left, 14), textwrap.shorten(name, 24, placeholder="…"), fill=LIGHT.ink, font=head)
+        draw.text((left, 14), shortened(name), fill=LIGHT.ink, font=head)
     for row, strip in enumerate(strips):
         top = _TOP + row * (_CAPTION + _SIDE + _GAP)
         letters = max(20, int((width - 2 * _GAP) / body.getlength("n")))

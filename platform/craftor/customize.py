@@ -155,7 +155,10 @@ def _from_bundle(folder: Path, name: str, device: torch.device | str) -> Customi
     if description.get("kind") != registry.OBJECT_ENCODER:
         raise RecipeError(f"{name}: a text encoder; expected an object encoder")
     wanted = description["base"]
-    diffuser = load_diffuser(Model(path=wanted["model"]), device)
+    try:
+        diffuser = load_diffuser(Model(path=wanted["model"]), device)
+    except (ValueError, OSError) as error:
+        raise RecipeError(f"the base of {name} is not here: {error}") from None
     for part in ("text_encoder", "unet"):
         if weights_digest([getattr(diffuser, part)]) != wanted[f"{part}_sha256"]:
             raise EncoderRefused(f"{name}: made for a {part} that {wanted['model']} does not have any more")

@@ -20,8 +20,9 @@ def merge(base: Diffuser, members: Sequence[tuple[Encoder, float]], name: str, o
     """Write the merged encoder's bundle to `out`; the base has the weight that the members leave.
 
     Its window spans those of its members. Raises EncoderRefused where they tune different parts, MixtureError for
-    weights outside [0, 1] or summing to more than 1.
+    weights outside [0, 1] or summing to more than 1, BundleError for a name that cannot be registered.
     """
+    registry.check_name(name)
     encoders = [encoder for encoder, _ in members]
     parts = list(encoders[0].modules)
     for encoder in encoders:

@@ -37,7 +37,11 @@ def evaluate_runs(runs: Sequence[Path], out: Path, num_actors: int, asked: Asked
     tuned, first = [], None
     for run in runs:
         recipe = load_run(run)
-        assert isinstance(recipe.task, Tuning)
+        if not isinstance(recipe.task, Tuning):
+            raise RecipeError(
+                f"{run}: task.kind = {recipe.task.kind!r}; what is evaluated here is what was tuned by reward (object "
+                "encoders: craftor objects gauge)"
+            )
         if recipe.evaluation is None:
             recipe = _with_default_evaluation(recipe, run, asked)
             assert recipe.evaluation is not None

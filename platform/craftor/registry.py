@@ -126,6 +126,12 @@ def register(connected: MlflowClient, tracker: Tracker, recipe: Recipe, bundle: 
     return registered
 
 
+def check_name(name: str) -> None:
+    """Raises BundleError for a name that no reference could hold; files are called by it, too."""
+    if not re.fullmatch(NAME, name):
+        raise BundleError(f"{name!r}: a name has letters, digits and ._- only, and begins with a letter or digit")
+
+
 def add(
     connected: MlflowClient, bundle: Path, name: str, aliases: Sequence[str] = (), run_id: str | None = None
 ) -> tuple[str, dict[str, str]]:
@@ -133,8 +139,7 @@ def add(
 
     Returns the logged model's id and `{"name", "version"}`. Raises BundleError for a name that no reference could hold.
     """
-    if not re.fullmatch(NAME, name):
-        raise BundleError(f"{name!r}: a name has letters, digits and ._- only, and begins with a letter or digit")
+    check_name(name)
     experiment = connected.get_experiment_by_name(EXPERIMENT)
     assert experiment is not None
     model = mlflow.initialize_logged_model(
@@ -238,6 +243,7 @@ def description_of(folder: Path) -> dict[str, Any]:
         raise BundleError(f"{path}: not the description of an encoder ({error!r})") from None
     if not all(isinstance(value, str) for value in needed):
         raise BundleError(f"{path}: name, base.model and base.text_encoder_sha256 are {needed}, expected text")
+    check_name(description["name"])
     if not (isinstance(first, int) and isinstance(last, int) and 0 <= last <= first):
         raise BundleError(f"{path}: window is {first}..{last}, expected timesteps with first >= last >= 0")
     return description

@@ -16,7 +16,6 @@ from typing import Literal
 import mlflow
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
@@ -118,11 +117,12 @@ class Tracker:
 
     @classmethod
     def again(cls, connected: MlflowClient, run_id: str) -> "Tracker | None":
-        """The run that an earlier process began, if this store has it: that process may have had another."""
+        """The run that an earlier process began, if this store knows it: that process may have had another."""
         try:
             connected.get_run(run_id)
         except MlflowException as error:
-            if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+            # A server that guards its runs does not even say which ones there are.
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED"):
                 raise
             return None
         return cls(connected, run_id)

@@ -40,7 +40,7 @@ class Picture:
     image: Float[Tensor, "3 H W"]
     """In [0, 1]."""
     alpha: Float[Tensor, "1 H W"] | None
-    """Opacity in [0, 1], where the file has any transparency."""
+    """Opacity in [0, 1], where anything in the picture is transparent."""
 
 
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
@@ -67,14 +67,15 @@ def picture(data: bytes, limits: Limits = Limits(), what: str = "image") -> Pict
     alpha = None
     if transparent:
         opened = opened.convert("RGBA")
-        alpha = _tensor(opened.getchannel("A"))
+        opacity = _tensor(opened.getchannel("A"))
+        alpha = opacity if opacity.amin() < 1 else None  # many programs write a channel that says nothing
     return Picture(_tensor(opened.convert("RGB")), alpha)
 
 
 def mask(data: bytes, limits: Limits = Limits(), what: str = "mask") -> Float[Tensor, "1 H W"]:  # noqa: B008
     """Decode an uploaded mask: opacity where anything in it is transparent, else brightness. Raises UploadRefused."""
     found = picture(data, limits, what)
-    if found.alpha is not None and found.alpha.amin() < 1:
+    if found.alpha is not None:
         return found.alpha
     return found.image.mean(0, keepdim=True)
 

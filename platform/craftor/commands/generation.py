@@ -48,7 +48,7 @@ def customize(
     ),
     out: Annotated[Path, typer.Option(help="The picture, or a sheet of several.")] = Path("customized.png"),
     num: Annotated[int, typer.Option(min=1, help="Pictures to make.")] = 4,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 20,
     text_weight: Annotated[float, typer.Option(min=0, help="Guidance by the prompt.")] = 4.0,
     object_weight: Annotated[float, typer.Option(min=0, help="Guidance by the object.")] = 4.0,
     object_from: Annotated[int, typer.Option(min=0, help="First denoising step that sees the object.")] = 0,

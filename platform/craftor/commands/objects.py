@@ -21,14 +21,16 @@ def describe(
     from craftor.object_data.settings import load
 
     checked = load(settings)
+    from ray.exceptions import RayError
+
     from craftor.cluster import ray_session
     from craftor.object_data import describing
 
     with ray_session(workers):
         try:
             found = describing.describe(checked, out, workers)
-        except ValueError as error:
-            raise RecipeError(f"{settings}: {error}") from None
+        except (ValueError, RayError) as error:
+            raise RecipeError(f"{settings}: {_cause(error)}") from None
     for row in found.left_out:
         print(f"left out: {row['key']}: {row['reason']}")
     print(f"{found.num_pictures} pictures described in {out}, {found.num_made} of the folder's looked at just now")
@@ -53,6 +55,8 @@ def pairs(
     """Make the rows for `task.kind = "object_encoder"`: target, mask, caption, and another picture as the reference."""
     if not 0 < domain_share <= 1:
         raise RecipeError(f"--domain-share {domain_share}: allowed: above 0, at most 1")
+    from ray.exceptions import RayError
+
     from craftor.cluster import ray_session
     from craftor.object_data.pairing import Made, pair
 
@@ -60,8 +64,8 @@ def pairs(
     with ray_session(workers):
         try:
             found = pair(described, general, out, made, domain_share=domain_share, repeats=repeats, num_actors=workers)
-        except ValueError as error:
-            raise RecipeError(str(error)) from None
+        except (ValueError, RayError) as error:
+            raise RecipeError(_cause(error)) from None
     print(
         f"{found.num_rows} rows in {out}, {found.num_domain} of them with one of {found.num_objects} objects; "
         f"{found.num_alone} objects have one picture and are their own, disturbed reference"
@@ -102,6 +106,11 @@ def gauge(
         version = resolve(connected, encoder)
         with answering(connected):
             score(connected, {"name": version.name, "version": version.version}, metrics(found))
+
+
+def _cause(error: Exception) -> str:
+    """What an actor stumbled over is the last line of Ray's error; above it are the ways by which it came here."""
+    return next((line for line in reversed(str(error).splitlines()) if line.strip()), repr(error)).strip()
 
 
 def _absolute(path: str) -> str:

@@ -27,8 +27,8 @@ Reference = Annotated[str, typer.Argument(metavar="ENCODER", help="name, name@al
 Runs = Annotated[Path, typer.Option("--runs", help="Folder whose mlflow.db is the store without MLFLOW_TRACKING_URI.")]
 Base = Annotated[str | None, typer.Option("--base", help="Pipeline folder or hub id, if not where it was in training.")]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="A row of the grid; may be repeated.")]
-Steps = Annotated[int, typer.Option(help="Denoising steps.")]
-Guidance = Annotated[float, typer.Option(help="Guidance scale.")]
+Steps = Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")]
+Guidance = Annotated[float, typer.Option(min=1, help="Guidance scale.")]
 Seed = Annotated[int, typer.Option(help="Of the noise.")]
 Aliases = Annotated[list[str] | None, typer.Option("--alias", help="Give the version this alias; may be repeated.")]
 RUNS = Path("runs")

@@ -115,6 +115,8 @@ def report(
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the table for a README instead.")] = False,
 ) -> None:
     """Draw report.html and report.png again from a run's report.json."""
+    if not (run / "report.json").is_file():
+        raise RecipeError(f"{run}: no report.json in it, which craftor quickstart writes; of others: craftor compare")
     if as_markdown:
         from craftor.verdict import markdown
 

@@ -123,6 +123,9 @@ def pair(
     Every described picture is a target `repeats` times, but for what the share of domain rows leaves over; general
     pictures are taken in turn. Raises ValueError where there are none of a kind that the share asks for.
     """
+    for source in filter(None, (described, general)):
+        if source.resolve().is_relative_to(out.resolve()):
+            raise ValueError(f"{out}: what is in it goes, and {source} is in it; allowed: another --out")
     parts = files(described)
     if not parts:
         raise ValueError(
