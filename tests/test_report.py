@@ -107,8 +107,8 @@ def row(delta: float, low: float, high: float, *, held_out: bool = False) -> dic
 
 def test_verdict_says_what_is_sure_and_what_is_not() -> None:
     metrics = {
-        "quality": row(0.91, 0.85, 0.97),
-        "accuracy": row(0.003, -0.015, 0.02),
+        "quality": row(0.91, 0.85, 0.97, held_out=True),
+        "accuracy": row(0.003, -0.015, 0.02, held_out=True),
         "hps": row(-1, -1.2, -0.8, held_out=True),
     }
     assert verdict({"metrics": metrics, "num_prompts": 200, "num_seeds": 2}) == (
@@ -124,9 +124,11 @@ def test_verdict_without_a_judge_speaks_of_the_total() -> None:
 
 
 def test_caution_where_the_gain_is_not_shared() -> None:
-    total, sure, fell, unsure = row(1, 0.9, 1.1), row(1, 0.9, 1.1), row(-1, -1.1, -0.9), row(0.1, -0.1, 0.3)
+    total = row(1, 0.9, 1.1)
+    sure, fell, unsure = (row(*of, held_out=True) for of in ((1, 0.9, 1.1), (-1, -1.1, -0.9), (0.1, -0.1, 0.3)))
     assert caution({"total": total, "quality": sure}) is None
-    assert caution({"total": unsure, "quality": fell}) is None
+    assert caution({"total": row(0.1, -0.1, 0.3), "quality": fell}) is None
+    assert caution({"total": total, "accuracy": row(-1, -1.1, -0.9)}) is None, "an oracle trained it: no witness"
     assert "quality fell" in (caution({"total": total, "quality": fell}) or "")
     assert "more alike" in (caution({"total": total, "quality": sure, "diversity": fell}) or "")
     assert "without a measurable gain" in (caution({"total": total, "quality": unsure}) or "")
@@ -134,7 +136,8 @@ def test_caution_where_the_gain_is_not_shared() -> None:
 
 def test_order_puts_independent_measures_first() -> None:
     names = ("shape", "clip", "total", "diversity", "accuracy", "quality")
-    metrics = {**{name: row(0, -1, 1) for name in names}, "hps": row(0, -1, 1, held_out=True)}
+    measured = ("diversity", "accuracy", "quality")
+    metrics = {name: row(0, -1, 1, held_out=name in (*measured, "hps")) for name in (*names, "hps")}
     assert list(ordered(metrics)) == ["quality", "hps", "accuracy", "diversity", "total", "clip", "shape"]
 
 
