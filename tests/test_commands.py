@@ -1,14 +1,16 @@
 """Commands on folders that are not what they expect: one line that says so, and no traceback."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
+from mlflow.tracking import MlflowClient
+from PIL import Image
 
 from craftor import adopt, customize, registry
 from craftor.commands import objects, training
 from craftor.contact import shortened
+from craftor.description import OBJECT_ENCODER
 from craftor.prompts import Prepared
 from craftor.quickstart import evaluate_runs
 from craftor.recipe import Recipe, RecipeError, load
@@ -32,7 +34,7 @@ def test_a_run_without_a_report_has_none_to_draw(tmp_path: Path, as_markdown: bo
 
 
 def test_a_bundle_whose_base_is_elsewhere_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    description = {"kind": registry.OBJECT_ENCODER, "base": {"model": "/another/machine/base"}}
+    description = {"kind": OBJECT_ENCODER, "base": {"model": "/another/machine/base"}}
     monkeypatch.setattr(registry, "verify_bundle", lambda _: None)
     monkeypatch.setattr(registry, "description_of", lambda _: description)
     (tmp_path / "encoder.toml").touch()
@@ -50,10 +52,18 @@ def test_a_bundle_has_a_name_that_is_no_path(tmp_path: Path, name: str) -> None:
         registry.description_of(tmp_path)
 
 
-def test_an_actors_mistake_is_its_last_line() -> None:
-    told = "The actor died.\n  File \"describing.py\", line 57\nValueError: captioner.model = 'x/y': fetch it\n\n"
-    assert objects._cause(RuntimeError(told)) == "ValueError: captioner.model = 'x/y': fetch it"
-    assert objects._cause(ValueError("no picture")) == "no picture"
+@pytest.mark.ray
+def test_an_actors_mistake_is_one_line(cluster: None, tmp_path: Path) -> None:
+    """What is wrong with the settings shows in an actor, and Ray tells at length how it got here."""
+    (tmp_path / "photos" / "cup").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "cup" / "1.png")
+    settings = tmp_path / "settings.toml"
+    settings.write_text(f'images = "{tmp_path}/photos"\n[captioner]\nmodel = "nobody/captions"\n')
+    with pytest.raises(RecipeError) as error:
+        objects.describe(settings, tmp_path / "out")
+    said = str(error.value)
+    assert said.startswith(f"{settings}: ValueError: captioner.model = 'nobody/captions': no model there")
+    assert "hf download nobody/captions" in said and "\n" not in said
 
 
 def test_a_run_that_is_adopted_without_its_data_claims_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,11 +79,11 @@ def test_a_run_that_is_adopted_without_its_data_claims_none(tmp_path: Path, monk
 
     monkeypatch.setattr(Tracker, "start", start)
     with pytest.raises(Entered):
-        adopt._enter(None, recipe, tmp_path, {"mlflow_run_id": "a", "digest": "b" * 64})  # type: ignore[arg-type]
+        adopt._enter(MlflowClient(f"sqlite:///{tmp_path}/mlflow.db"), recipe, tmp_path, {"digest": "b" * 64})
     assert told == [None]
 
 
 def test_long_names_keep_both_ends() -> None:
     names = [f"textcraftor_aesthetic_seed_{seed}" for seed in (1, 2)]
     assert [shortened(name) for name in names] == ["textcraftor_…etic_seed_1", "textcraftor_…etic_seed_2"]
-    assert shortened("short") == "short" and json.dumps(shortened("a" * 24)) == f'"{"a" * 24}"'
+    assert shortened("short") == "short" and shortened("a" * 24) == "a" * 24

@@ -16,6 +16,7 @@ from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file, save_file
 
 from craftor import checkpoint, registry, tracking, trainable
+from craftor.description import describe
 from craftor.diffuser import Diffuser, load
 from craftor.encoders import EncoderRefused, UnknownEncoder, load_encoder, resolve, versions
 from craftor.recipe import Model, Recipe
@@ -100,7 +101,7 @@ def test_windows_mean_the_same_at_any_number_of_steps(
     """Trained in these of 4 steps; at 8 and 100 the same part of the chain, to its very end."""
     recipe = recipe_for(tiny_recipe, task__window={"start": steps[0], "stop": steps[1]})
     base = load(recipe.model)
-    assert registry.describe(recipe, base)["window"] == {"first_timestep": first, "last_timestep": last}
+    assert describe(recipe, base)["window"] == {"first_timestep": first, "last_timestep": last}
     for num_steps in (8, 100):
         rollout = recipe.task.rollout.model_copy(update={"num_steps": num_steps})
         inside = [i for i, step in enumerate(base.guided(rollout).schedule) if last <= step.timestep <= first]

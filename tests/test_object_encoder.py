@@ -23,6 +23,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from craftor import checkpoint, customize, job, object_adapter, object_condition, registry
 from craftor.customize import Guidance
 from craftor.customize_files import Shown, customize_file, read_reference
+from craftor.description import describe
 from craftor.encoders import EncoderRefused, load_encoder, versions
 from craftor.object_adapter import Tokens
 from craftor.object_gauges import HeldOut, gauge
@@ -448,7 +449,7 @@ def test_an_object_encoder_is_registered_and_loaded_by_name(
     (bundle / "encoder.toml").write_text((bundle / "encoder.toml").read_text().replace('unet_sha256 = "', "&0"))
     with pytest.raises(BundleError, match="encoder.toml"):
         customize.load(bundle)
-    other = registry.describe(recipe, task.diffuser)
+    other = describe(recipe, task.diffuser)
     other["base"]["unet_sha256"] = "0" * 64
     (bundle / "encoder.toml").write_text(tomli_w.dumps(other))
     (bundle / checkpoint.MANIFEST).write_text(json.dumps(checkpoint.digests(bundle)))

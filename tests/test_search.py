@@ -280,10 +280,11 @@ def test_one_rollout_passes_what_separate_ones_reach(search_recipe: Path) -> Non
 @pytest.mark.parametrize("solver", ["ddim", "dpm_solver_2m"])
 def test_the_base_is_walked_once_and_judged_alike(search_recipe: Path, tmp_path: Path, solver: str) -> None:
     """From the kept states a mixture scores what it scores from noise, and weight 0 is the base."""
-    recipe = load(search_recipe, {"task.rollout.solver": solver})
+    recipe = load(search_recipe, {"task.rollout.solver": solver, "task.rewards.pick.options": {"dtype": "bf16"}})
     judge_base(recipe.model_dump(by_alias=True), str(tmp_path / "judge"), 1)
     diffuser = load_diffuser(recipe.model)
     kept, fresh = Judge(recipe, diffuser, tmp_path / "judge"), Judge(recipe, diffuser)
+    assert kept.rewards["pick"].towers.dtype == torch.bfloat16, "its options are the recipe's"
     other = fresh.embed(diffuser.encoders)
     tuned = other._replace(condition=other.condition.map(lambda t: t.flip(0)))
     for members in ([Member(tuned, 0.7, range(2, 4))], [Member(tuned, 1.0, range(1, 3)), Member(other, 0.2, range(4))]):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from craftor import customize, preflight, registry
 from craftor.customize import Guidance
 from craftor.denoise import Chain, Prompt, State
+from craftor.description import describe
 from craftor.diffuser import Diffuser
 from craftor.embed import Condition, mix
 from craftor.encoders import load_encoder
@@ -130,7 +131,7 @@ def test_identity_is_a_reward_among_the_others(tiny: Path, tiny_recipe: Path, en
     settings = load_recipe(
         tiny_recipe, {"task.shown": {**shown, "identity": {"weights": f"{tiny}/pick", "weight": 5.0}}}
     )
-    told = registry.describe(settings, task.diffuser)["rewards"]
+    told = describe(settings, task.diffuser)["rewards"]
     assert told["identity"] == {"kind": "identity", "weight": 5.0} and "clip" in told
     assert "identity" in settings.task.metrics()
 

@@ -22,6 +22,7 @@ from craftor import checkpoint, object_adapter, object_condition, registry, trac
 from craftor.attention import eager_is_faster, set_attention
 from craftor.decode import decode
 from craftor.denoise import Prompt
+from craftor.description import OBJECT_ENCODER
 from craftor.diffuser import Diffuser, freeze
 from craftor.diffuser import load as load_diffuser
 from craftor.embed import embed
@@ -152,7 +153,7 @@ def load(source: str | Path, device: torch.device | str = "cpu", runs: Path = RU
 def _from_bundle(folder: Path, name: str, device: torch.device | str) -> Customizer:
     registry.verify_bundle(folder)
     description = registry.description_of(folder)
-    if description.get("kind") != registry.OBJECT_ENCODER:
+    if description.get("kind") != OBJECT_ENCODER:
         raise RecipeError(f"{name}: a text encoder; expected an object encoder")
     wanted = description["base"]
     try:

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from craftor import checkpoint, registry, trainable
+from craftor.description import OBJECT_ENCODER
 from craftor.diffuser import Diffuser, tokenize
 from craftor.prefix_cache import weights_digest
 from craftor.storage import failures
@@ -129,7 +130,7 @@ def load_encoder(found: Version | Path, base: Diffuser, *, any_base: bool = Fals
     registry.verify_bundle(folder)
     description = registry.description_of(folder)
     uri = found.uri if isinstance(found, Version) else str(folder.resolve())
-    if description.get("kind") == registry.OBJECT_ENCODER:
+    if description.get("kind") == OBJECT_ENCODER:
         raise EncoderRefused(f"{uri}: an object encoder, no text encoder; use it by: craftor customize --encoder {uri}")
     modules = _load_modules(folder, base, uri)
     # A base in half precision has other numbers than the one it was rounded from: nothing to compare.

@@ -88,7 +88,7 @@ def resume(run_dir: Path, other: Recipe | None = None, accept: bool = False) -> 
             prepared = inputs.prepared_earlier(recipe, run_dir, state["digest"])
             tracker = tracking.Tracker.again(connected, state["mlflow_run_id"])
             if tracker is None:
-                print(f"MLflow at {connected.tracking_uri} does not know this run: it gets a new one there")
+                print("MLflow does not know this run: it gets a new one there")
         else:  # killed before training began
             prepared, state, tracker = inputs.prepare(recipe, run_dir), {"seconds": 0.0}, None
         if tracker is None:
@@ -154,7 +154,7 @@ def sync(run_dir: Path) -> Trained:
     tracker = tracking.Tracker.again(connected, state["mlflow_run_id"])
     if tracker is None:
         raise RecipeError(
-            f"{run_dir}: MLflow at {connected.tracking_uri} does not know this run; set MLFLOW_TRACKING_URI to where "
+            f"{run_dir}: MLflow does not know this run; set MLFLOW_TRACKING_URI to where "
             f"it began, or let it begin there: craftor train --resume {run_dir}"
         )
     _log_earlier_lines(run_dir, tracker)

@@ -123,7 +123,7 @@ class Tracker:
         except MlflowException as error:
             # A server that guards its runs does not even say which ones there are.
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED"):
-                raise
+                raise TrackingUnreachable(f"MLflow did not say whether it knows the run: {reason(error)}") from error
             return None
         return cls(connected, run_id)
 

@@ -1,11 +1,15 @@
 """`craftor objects describe | pairs`: from folders of pictures to the rows that an object encoder trains on."""
 
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from craftor.recipe import RecipeError
+
+if TYPE_CHECKING:
+    from ray.exceptions import RayError
 
 app = typer.Typer(no_args_is_help=True, help="Prepare pictures of objects: captions, masks, training pairs.")
 Workers = Annotated[int, typer.Option(min=1, help="Actors.")]
@@ -29,7 +33,9 @@ def describe(
     with ray_session(workers):
         try:
             found = describing.describe(checked, out, workers)
-        except (ValueError, RayError) as error:
+        except ValueError as error:
+            raise RecipeError(f"{settings}: {error}") from None
+        except RayError as error:
             raise RecipeError(f"{settings}: {_cause(error)}") from None
     for row in found.left_out:
         print(f"left out: {row['key']}: {row['reason']}")
@@ -64,7 +70,9 @@ def pairs(
     with ray_session(workers):
         try:
             found = pair(described, general, out, made, domain_share=domain_share, repeats=repeats, num_actors=workers)
-        except (ValueError, RayError) as error:
+        except ValueError as error:
+            raise RecipeError(str(error)) from None
+        except RayError as error:
             raise RecipeError(_cause(error)) from None
     print(
         f"{found.num_rows} rows in {out}, {found.num_domain} of them with one of {found.num_objects} objects; "
@@ -108,9 +116,11 @@ def gauge(
             score(connected, {"name": version.name, "version": version.version}, metrics(found))
 
 
-def _cause(error: Exception) -> str:
-    """What an actor stumbled over is the last line of Ray's error; above it are the ways by which it came here."""
-    return next((line for line in reversed(str(error).splitlines()) if line.strip()), repr(error)).strip()
+def _cause(error: "RayError") -> str:
+    """What an actor stumbled over comes last in Ray's error, in one line or several; above it is how it got here."""
+    told = str(error)
+    begun = [found.start() for found in re.finditer(r"^[\w.]*[A-Z]\w*: ", told, re.MULTILINE)]
+    return " ".join(told[begun[-1] if begun else 0 :].split())
 
 
 def _absolute(path: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from craftor import checkpoint, registry, tracking
+from craftor.description import describe
 from craftor.diffuser import Diffuser
 from craftor.diffuser import load as load_diffuser
 from craftor.prefix_cache import weights_digest
@@ -61,4 +62,4 @@ def _open(source: str, diffuser: Diffuser, out: Path) -> tuple[Path, dict[str, A
     trained, last = load_run(folder), checkpoint.latest(folder)
     if last is None:
         raise RecipeError(f"{source}: no complete checkpoint in it")
-    return last, registry.describe(trained, load_diffuser(trained.model)) | {"name": folder.name}
+    return last, describe(trained, load_diffuser(trained.model)) | {"name": folder.name}

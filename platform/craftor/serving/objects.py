@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from craftor import object_adapter, object_condition, registry, trainable
+from craftor.description import OBJECT_ENCODER
 from craftor.diffuser import Diffuser, freeze, load
 from craftor.encoders import EncoderRefused, Version, fetch, of_the_machine
 from craftor.object_condition import ImageEncoder
@@ -115,7 +116,7 @@ def load_object_encoder(found: Version | Path, base: Diffuser, whole: Diffuser |
     uri = found.uri if isinstance(found, Version) else str(folder.resolve())
     registry.verify_bundle(folder)
     description = registry.description_of(folder)
-    if description.get("kind") != registry.OBJECT_ENCODER:
+    if description.get("kind") != OBJECT_ENCODER:
         raise EncoderRefused(f"object_encoder = {uri!r}: a text encoder; those are served by [encoders]")
     for part in ("text_encoder", "unet"):
         if weights_digest([getattr(whole, part)]) != description["base"].get(f"{part}_sha256"):
