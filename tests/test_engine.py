@@ -197,6 +197,23 @@ def test_all_is_compiled_before_anybody_waits_and_is_as_strict(tiny: Path, monke
     plain.stop()
 
 
+def test_code_that_cannot_be_compiled_is_told_with_its_remedy(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a start was killed: the half of a library that it left ended every later one, with a page of frames."""
+
+    def half_written(graph: torch.fx.GraphModule, _: object) -> Callable:
+        raise ImportError("cywlqby.main.so: file too short")
+
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **how: compile_module(self, backend=half_written, **how)
+    )
+    torch.compiler.reset()
+    base = load(Model(path=str(tiny / "pipeline"), precision="bf16", compile=True)).hold_rounded()
+    with pytest.raises(RuntimeError, match=r"model\.compile = true: .*file too short.*TORCHINDUCTOR_CACHE_DIR"):
+        engine_of(base, bucket=8)
+    torch.compiler.reset()
+
+
 def test_weight_zero_and_the_base_are_one(base: Diffuser, strict: Engine) -> None:
     plain = ImageRequest(PROMPT, seed=3, num_steps=4)
     nothing = ImageRequest(PROMPT, seed=3, num_steps=4, shares=(Share(tuned(base, 1), 0.0, (999, 0)),))

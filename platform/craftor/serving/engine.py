@@ -226,7 +226,15 @@ class Engine:
         return Row(request, steps, noise, client, self.cost(request))
 
     def _measure(self, unet: Guided, shape: Shape, tried: Sequence[int]) -> dict[int, float]:
-        return buckets.measure(unet, shape, self.base.null(), tried)
+        try:
+            return buckets.measure(unet, shape, self.base.null(), tried)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            # Compiled code is cached as it is written: what a killed process leaves is found, and fails, ever after.
+            raise RuntimeError(
+                f"model.compile = true: PyTorch could not compile the UNet: {error.inner_exception}. It needs a C++ "
+                "compiler; and where an earlier start was killed while it compiled, remove its cache of compiled code "
+                "(TORCHINDUCTOR_CACHE_DIR, by default torchinductor_USER in the folder for temporary files)"
+            ) from error
 
     def _sample_latents(self) -> Tensor:
         """Two pictures of the model's own, in a few steps without guidance, for the preview to be fitted to."""
