@@ -167,6 +167,13 @@ def test_in_bfloat16_bits_are_as_strict_and_pictures_are_decoded_in_it(tiny: Pat
     torch.testing.assert_close(alone, exact, rtol=0, atol=0.03)
 
 
+def compile_by(backend: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Instead of inductor, which takes minutes and a C++ compiler."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile_module(self, backend=backend, **how))
+    torch.compiler.reset()
+
+
 def test_all_is_compiled_before_anybody_waits_and_is_as_strict(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here without a C++ compiler: what is traced is run as it is."""
     graphs = []
@@ -175,9 +182,7 @@ def test_all_is_compiled_before_anybody_waits_and_is_as_strict(tiny: Path, monke
         graphs.append(graph)
         return graph.forward
 
-    compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile_module(self, backend=traced, **how))
-    torch.compiler.reset()
+    compile_by(traced, monkeypatch)
     base = load(Model(path=str(tiny / "pipeline"), precision="bf16", compile=True)).hold_rounded()
     engine = engine_of(base, bucket=8)
     side = base.latent_shape[1] * base.pixels_per_latent
@@ -203,11 +208,7 @@ def test_code_that_cannot_be_compiled_is_told_with_its_remedy(tiny: Path, monkey
     def half_written(graph: torch.fx.GraphModule, _: object) -> Callable:
         raise ImportError("cywlqby.main.so: file too short")
 
-    compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda self, **how: compile_module(self, backend=half_written, **how)
-    )
-    torch.compiler.reset()
+    compile_by(half_written, monkeypatch)
     base = load(Model(path=str(tiny / "pipeline"), precision="bf16", compile=True)).hold_rounded()
     with pytest.raises(RuntimeError, match=r"model\.compile = true: .*file too short.*TORCHINDUCTOR_CACHE_DIR"):
         engine_of(base, bucket=8)

@@ -72,3 +72,20 @@ def test_each_folder_of_runs_has_its_own_store(tmp_path: Path, monkeypatch: pyte
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     tracking.client(tmp_path / "first").create_registered_model("mine")
     assert not tracking.client(tmp_path / "second").search_registered_models()
+
+
+def test_a_run_that_is_not_known_is_told_from_a_server_that_cannot_say(
+    tracker: tracking.Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk or a fault of the server's must not begin a second run; and what it says may hold a password."""
+    assert tracking.Tracker.again(tracker.client, "0" * 32) is None
+    known = tracking.Tracker.again(tracker.client, tracker.run_id)
+    assert known is not None and known.run_id == tracker.run_id
+
+    def fail(_: str) -> None:
+        raise MlflowException("API request to https://me:hunter2@host/api failed\nwith a page more")
+
+    monkeypatch.setattr(tracker.client, "get_run", fail)
+    with pytest.raises(tracking.TrackingUnreachable) as error:
+        tracking.Tracker.again(tracker.client, tracker.run_id)
+    assert str(error.value) == ("MLflow did not say whether it knows the run: API request to https://host/api failed")
